@@ -1,0 +1,69 @@
+"""The custom operator ``ai.jrs::JrsGridSample3D``, version 1, in ONNX.
+
+Inputs ``X`` (N,C,D,H,W) and ``coords`` (N,3,D',H',W'), float32 absolute voxel indices, channel i along array
+axis i; output (N,C,D',H',W'). Trilinear, the nearest border voxel outside, corners aligned. One file serves
+every backend because the operator carries a body of standard operators: a backend with a kernel of its own
+takes that, every other one runs the body.
+"""
+
+from __future__ import annotations
+
+import onnx
+from onnx import TensorProto, helper
+
+DOMAIN = "ai.jrs"
+OP_TYPE = "JrsGridSample3D"
+VERSION = 1
+OPSET = 20
+"""The first opset whose GridSample takes volumes."""
+IR_VERSION = 10
+
+_BODY = """
+<opset_import: ["" : 20], domain: "ai.jrs">
+JrsGridSample3D (X, coords) => (Y)
+{
+    shape = Shape <start = 2, end = 5> (X)
+    extent = Cast <to = 1> (shape)
+    one = Constant <value = float {1.0}> ()
+    two = Constant <value = float {2.0}> ()
+    last = Sub (extent, one)
+    span = Max (last, one)
+    scale = Div (two, span)
+    channel_first = Constant <value_ints = [1, 3, 1, 1, 1]> ()
+    factors = Reshape (scale, channel_first)
+    scaled = Mul (coords, factors)
+    centred = Sub (scaled, one)
+    last_axis_first = Constant <value_ints = [2, 1, 0]> ()
+    reversed = Gather <axis = 1> (centred, last_axis_first)
+    grid = Transpose <perm = [0, 2, 3, 4, 1]> (reversed)
+    Y = GridSample <mode = "linear", padding_mode = "border", align_corners = 1> (X, grid)
+}
+"""
+
+
+def function_body() -> onnx.FunctionProto:
+    """The operator's body: normalise, reverse the axes, GridSample."""
+    return onnx.parser.parse_function(_BODY)
+
+
+def add_function(model: onnx.ModelProto) -> None:
+    """Give ``model`` the operator's body and its domain, once."""
+    if not any(f.domain == DOMAIN and f.name == OP_TYPE for f in model.functions):
+        model.functions.append(function_body())
+    if not any(o.domain == DOMAIN for o in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
+
+
+def sampler_model() -> onnx.ModelProto:
+    """A graph of this one operator with free sizes: how the runtime resamples every image."""
+    volume = helper.make_tensor_value_info("volume", TensorProto.FLOAT, [1, "C", "D", "H", "W"])
+    coords = helper.make_tensor_value_info("coords", TensorProto.FLOAT, [1, 3, "x", "y", "z"])
+    sampled = helper.make_tensor_value_info("sampled", TensorProto.FLOAT, [1, "C", "x", "y", "z"])
+    node = helper.make_node(OP_TYPE, ["volume", "coords"], ["sampled"], name="sample", domain=DOMAIN)
+    graph = helper.make_graph([node], "sampler", [volume, coords], [sampled])
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="jrs"
+    )
+    add_function(model)
+    onnx.checker.check_model(model)
+    return model

@@ -1,0 +1,112 @@
+"""Output files appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jrs.errors import CannotCreateError, OutputError
+
+
+@contextmanager
+def whole_file(path: Path, suffix: str | None = None) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``path``; on success it replaces ``path``, else it is removed.
+
+    ``suffix`` is the ending of the temporary name, for writers that choose a format by it
+    (default: the ending of ``path``).
+    """
+    ending = suffix if suffix is not None else "".join(path.suffixes[-2:])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".jrs-", suffix=ending, dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files private; outputs follow the user's umask as any other file does.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path`` that becomes ``path`` when the block ends without an error.
+
+    An existing ``path`` is an error unless ``overwrite``; then it is replaced at the end, and only if the
+    new one is complete.
+    """
+    if path.exists() and not overwrite:
+        raise CannotCreateError(f"{path}: exists already; choose another name or pass --overwrite")
+    if path.exists() and not path.is_dir():
+        raise CannotCreateError(f"{path}: is a file, a folder is to be written there; choose another name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        if path.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+            path.replace(retired / path.name)
+            temporary.replace(path)
+            remove_tree(retired)
+        else:
+            temporary.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        if temporary.exists():
+            remove_tree(temporary)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder and all that it holds."""
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON; NaN is refused because no other reader takes it."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _cannot_write(path: Path, error: OSError) -> CannotCreateError | OutputError:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+        return OutputError(f"{path}: {reason}; free some space or choose another folder")
+    return CannotCreateError(f"{path}: cannot be written ({reason}); choose another folder")

@@ -1,0 +1,73 @@
+"""What a trained network expects and means: shared by checkpoints and bundles, without PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jrs.architecture import STRIDE, Architecture
+from jrs.errors import ConfigurationError
+
+MODALITIES = ("t1", "t1ce", "t2", "flair")
+"""The modalities that jrs knows, in its own channel order."""
+
+Normalization = Literal["zscore-foreground", "zscore-volume"]
+
+
+@dataclass(frozen=True)
+class GridSpec:
+    """The network's own grid, along the world's axes, placed on the fixed image's brain.
+
+    ``shape`` in voxels, ``spacing`` in mm, ``orientation`` the anatomical directions of the array axes.
+    """
+
+    shape: tuple[int, int, int] = (96, 112, 96)
+    spacing: tuple[float, float, float] = (2.0, 2.0, 2.0)
+    orientation: str = "RAS"
+
+    def __post_init__(self) -> None:
+        if any(n <= 0 or n % STRIDE for n in self.shape):
+            raise ConfigurationError(f"grid shape {self.shape}: every side must be a positive multiple of {STRIDE}")
+        if any(not 0.1 <= s <= 20 for s in self.spacing):
+            raise ConfigurationError(f"grid spacing {self.spacing}: must lie between 0.1 and 20 mm")
+        if sorted(self.orientation.translate(str.maketrans("LPI", "RAS"))) != sorted("RAS"):
+            raise ConfigurationError(f"grid orientation {self.orientation!r}: must be like RAS or LPS")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything about a network's inputs and outputs that its weights do not say.
+
+    Attributes:
+        architecture: the network.
+        channels: modality of each input channel, in order.
+        optional_channels: those that may be missing; a missing channel is all zero.
+        grid: the grid it was trained on.
+        normalization: ``zscore-foreground``: mean 0 and deviation 1 over the image's foreground, 0 outside;
+            ``zscore-volume``: over the whole grid, background included (the authors' published weights).
+        labels: class names of the segmentation, background first; empty without one.
+        label_values: the number each class is written as (BraTS to 2022: 4 for enhancing tumour).
+    """
+
+    architecture: Architecture = field(default_factory=Architecture)
+    channels: tuple[str, ...] = MODALITIES
+    optional_channels: tuple[str, ...] = MODALITIES
+    grid: GridSpec = field(default_factory=GridSpec)
+    normalization: Normalization = "zscore-foreground"
+    labels: tuple[str, ...] = ("background", "necrotic_or_nonenhancing_core", "edema", "enhancing_tumor")
+    label_values: tuple[int, ...] = (0, 1, 2, 4)
+
+    def __post_init__(self) -> None:
+        if len(self.channels) != self.architecture.in_channels:
+            raise ConfigurationError(
+                f"{len(self.channels)} channel names for a network of {self.architecture.in_channels} channels"
+            )
+        if len(set(self.channels)) != len(self.channels):
+            raise ConfigurationError(f"channel names {', '.join(self.channels)} repeat")
+        if not set(self.optional_channels) <= set(self.channels):
+            raise ConfigurationError("optional_channels names a channel that is not in channels")
+        if len(self.labels) != self.architecture.num_labels or len(self.label_values) != len(self.labels):
+            raise ConfigurationError(
+                f"{len(self.labels)} labels and {len(self.label_values)} values for a network of "
+                f"{self.architecture.num_labels} classes"
+            )

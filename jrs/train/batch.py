@@ -1,0 +1,68 @@
+"""What the loop takes a step with, and where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """N pairs on the network's grid.
+
+    Attributes:
+        moving, fixed: images (N,C,X,Y,Z) float32, normalised, a missing channel all zero.
+        moving_present, fixed_present: (N,C) 1 where the channel is there.
+        moving_tumor, fixed_tumor: class of each voxel (N,X,Y,Z) int64, -1 where unknown; None without labels.
+        moving_structures, fixed_structures: anatomical index (N,X,Y,Z) uint8, 0 for none; None without.
+    """
+
+    moving: Tensor
+    fixed: Tensor
+    moving_present: Tensor
+    fixed_present: Tensor
+    moving_tumor: Tensor | None = None
+    fixed_tumor: Tensor | None = None
+    moving_structures: Tensor | None = None
+    fixed_structures: Tensor | None = None
+
+    def to(self, device: torch.device) -> PairBatch:
+        """The same on another device."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return PairBatch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in values.items()})
+
+
+class PairSource(Protocol):
+    """Pairs by number: the same number always gives the same pairs, so a run can be resumed anywhere."""
+
+    def __len__(self) -> int:
+        """Images that pairs are made of."""
+
+    def batch(self, index: int, size: int) -> PairBatch:
+        """Batch number ``index`` of ``size`` pairs."""
+
+
+def concatenate(pairs: list[PairBatch]) -> PairBatch:
+    """Several batches as one; all must have the same kinds of labels."""
+    names = [f.name for f in dataclasses.fields(PairBatch)]
+    columns = {name: [getattr(pair, name) for pair in pairs] for name in names}
+    return PairBatch(**{k: None if v[0] is None else torch.cat(v) for k, v in columns.items()})
+
+
+def pair_indices(index: int, size: int, images: int, seed: int) -> list[tuple[int, int]]:
+    """Which two different images make each pair of batch ``index``.
+
+    Every image is the moving one once in each round of ``images`` pairs, in an order drawn from ``seed``.
+    """
+    pairs = []
+    for position in range(index * size, (index + 1) * size):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + position // images)
+        order = torch.randperm(images, generator=generator).tolist()
+        shift = int(torch.randint(1, max(images, 2), (1,), generator=generator))
+        place = position % images
+        pairs.append((order[place], order[(place + shift) % images]))
+    return pairs

@@ -1,0 +1,129 @@
+"""Configuration of a training run: frozen dataclasses, stored with the run as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jrs.errors import ConfigurationError
+from jrs.manifest import ModelSpec
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the terms of the joint loss; a term of weight 0 is not computed.
+
+    Attributes:
+        similarity: of the squared residual between fixed and moved image.
+        masked: let the similarity go of the tumour, L_reg* of the paper.
+        gradient_l1: alpha, of ||Phi - 1||_1 summed over voxels.
+        segmentation: beta, of the cross-entropies of both images.
+        class_weights: of the cross-entropy, one a class.
+        tumor_dice: of the soft Dice of whole tumour, core and enhancing tumour.
+        structure_dice: of the soft Dice of warped anatomical structures, where labels exist.
+        structures_per_step: how many structures, drawn at random, that term warps at once.
+        diffusion: of the mean squared gradient of the displacement (voxels).
+    """
+
+    similarity: float = 1.0
+    masked: bool = True
+    gradient_l1: float = 1e-10
+    segmentation: float = 1.0
+    class_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    tumor_dice: float = 0.0
+    structure_dice: float = 0.0
+    structures_per_step: int = 8
+    diffusion: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam and its learning rate.
+
+    Attributes:
+        learning_rate: at the start (plateau) or at the top (one-cycle).
+        schedule: ``plateau``: multiplied by ``plateau_factor`` after ``plateau_epochs`` without a better
+            validation loss, stopped after ``stop_epochs`` (the paper's); ``one-cycle``: up and down once.
+        clip_norm: gradients are scaled down to this norm; 0 leaves them.
+    """
+
+    learning_rate: float = 2e-3
+    schedule: Literal["plateau", "one-cycle"] = "plateau"
+    plateau_factor: float = 0.2
+    plateau_epochs: int = 30
+    stop_epochs: int = 50
+    clip_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """How images are drawn from label maps; lengths in mm, intensities relative to white matter in T1.
+
+    Attributes:
+        deformation_mm: largest standard deviation of the smooth random displacement.
+        control_mm: distance of its control points.
+        rotation_deg, scale, shift_mm: largest random affine misplacement left after pre-alignment.
+        moving_tumor, fixed_tumor: share of images with a tumour.
+        single_modality_moving, single_modality_fixed: share of images with the first channel alone.
+        drop_channel: chance of each other channel to be missing.
+        noise, bias, gamma, jitter, texture, blur: largest deviation of each.
+    """
+
+    deformation_mm: float = 3.5
+    control_mm: float = 28.0
+    rotation_deg: float = 5.0
+    scale: float = 0.05
+    shift_mm: float = 3.0
+    moving_tumor: float = 0.75
+    fixed_tumor: float = 0.25
+    single_modality_moving: float = 0.2
+    single_modality_fixed: float = 0.4
+    drop_channel: float = 0.12
+    noise: float = 0.06
+    bias: float = 0.25
+    gamma: float = 0.3
+    jitter: float = 0.08
+    texture: float = 0.08
+    blur: float = 0.22
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        model: the network and what it takes.
+        epochs: at most so many.
+        steps_per_epoch: 0 means one pass over the cases.
+        batch_size: pairs a step.
+        seed: of everything random.
+        precision: ``bf16`` (autocast; the head stays FP32) or ``fp32``.
+        checkpoint_minutes: between two writes of ``last.safetensors``.
+        validation_share: of the cases held out when no validation set is given.
+        validation_pairs: pairs the validation loss is the mean of.
+        log_every: steps between two rows of the log.
+    """
+
+    model: ModelSpec = field(default_factory=ModelSpec)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    epochs: int = 200
+    steps_per_epoch: int = 0
+    batch_size: int = 2
+    seed: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    checkpoint_minutes: float = 5.0
+    validation_share: float = 0.15
+    validation_pairs: int = 8
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or self.steps_per_epoch < 0 or self.validation_pairs < 1:
+            raise ConfigurationError("epochs, batch_size and validation_pairs must be at least 1")
+        if not 0.0 < self.validation_share < 1.0:
+            raise ConfigurationError("validation_share must lie between 0 and 1")
+        if self.model.architecture.segmentation and len(self.loss.class_weights) != len(self.model.labels):
+            raise ConfigurationError(
+                f"{len(self.loss.class_weights)} class_weights for {len(self.model.labels)} labels"
+            )

@@ -1,0 +1,225 @@
+"""What CASE on the command line means: one patient's images, found and read.
+
+A CASE is a folder with one file a modality, a 3-D file of one modality, or a 4-D file of several. The
+modalities of a case may lie on different grids; each carries its own geometry.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from jrs.errors import MissingInputError, UsageError
+from jrs.reading import count_channels, read_channels, read_volume, shown
+from jrs.volume import Volume
+
+MODALITIES = ("t1", "t1ce", "t2", "flair")
+"""The modalities in the network's channel order."""
+
+ENDINGS: dict[str, tuple[str, ...]] = {
+    "t1": ("t1", "t1n", "t1w"),
+    "t1ce": ("t1ce", "t1c", "t1gd"),
+    "t2": ("t2", "t2w"),
+    "flair": ("flair", "t2f", "fla"),
+}
+"""The last part of a file's name, after ``_`` or ``-`` and in any case, that tells its modality.
+
+BraTS of every year and BIDS; in BIDS a ``ce-`` entity turns a T1w into t1ce.
+"""
+
+_MODALITY_OF = {ending: modality for modality, endings in ENDINGS.items() for ending in endings}
+_FILE = re.compile(r"\.(nii|nii\.gz|mgz)$", re.IGNORECASE)
+_ANY_IMAGE = re.compile(r"\.(nii|mgz|mgh|hdr|img)(\.gz)?$", re.IGNORECASE)
+_LONGEST_NAME = 120  # bytes: output names add up to about 80, file systems take 255
+
+
+@dataclass(frozen=True)
+class Case:
+    """One patient's images by modality, in the order of `MODALITIES`.
+
+    ``name`` is safe as a part of a file name. ``source`` is the path that was given, None where each
+    modality was named by itself.
+    """
+
+    name: str
+    images: dict[str, Volume]
+    source: Path | None = None
+
+
+def find_case(folder: Path | str) -> dict[str, Path]:
+    """The image file of each modality in a folder, in the order of `MODALITIES`.
+
+    Segmentations, masks and whatever else has no known ending are ignored.
+    Raises MissingInputError if there is none, UsageError if two files claim one modality.
+    """
+    folder = Path(folder)
+    found: dict[str, Path] = {}
+    entries = _entries(folder)
+    for name, is_file in entries:
+        modality = _split_name(name)[1]
+        # Hidden files: macOS leaves ._ twins of every image on foreign disks.
+        if modality is None or name.startswith(".") or not _FILE.search(name) or not is_file:
+            continue
+        if modality in found:
+            both = f"{shown(found[modality].name)} and {shown(name)}"
+            raise UsageError(f"{shown(folder)}: two files for {modality}: {both}; pass files with --t1, ...")
+        found[modality] = folder / name
+    if not found:
+        accepted = ", ".join(ending for endings in ENDINGS.values() for ending in endings)
+        there = ", ".join(shown(name) for name, _ in entries[:5]) or "nothing"
+        more = f" and {len(entries) - 5} more" if len(entries) > 5 else ""
+        raise MissingInputError(
+            f"{shown(folder)}: no image whose modality is known, only {there}{more}; "
+            f"end names of .nii, .nii.gz or .mgz files in _ or - and one of {accepted}, or pass --t1, ..."
+        )
+    return {modality: found[modality] for modality in MODALITIES if modality in found}
+
+
+def load_case(
+    path: Path | str | None,
+    *,
+    modality: str | None = None,
+    channels: Sequence[str] | None = None,
+    default_channels: Sequence[str] = MODALITIES,
+    modalities: Mapping[str, Path] | None = None,
+) -> Case:
+    """Read a case from a folder, a 3-D file, a 4-D file, or from one named file a modality.
+
+    ``modality`` says what a 3-D file is (else its name tells, else t1), and picks one image of a folder.
+    ``channels`` are the volumes of a 4-D file in its order, ``default_channels`` where they are not given.
+    ``modalities`` maps modality to file and excludes ``path``.
+    Raises UsageError for a request that contradicts itself or the file, and what `jrs.reading` raises.
+    """
+    if modality is not None and channels is not None:
+        raise UsageError("--modality is for a 3-D file and --channels for a 4-D one; give one of them")
+    modality = None if modality is None else _known(modality, "--modality")
+    names = [_known(name, "--channels") for name in (default_channels if channels is None else channels)]
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f"--channels names {','.join(names) or 'nothing'}; name each modality once")
+    if path is None or modalities:
+        return _named_case(path, modality is not None or channels is not None, modalities or {})
+    path = Path(path)
+    if not _is_folder(path):
+        return _case_of_file(path, modality, None if channels is None else names, names)
+    if channels is not None:
+        raise UsageError(f"{shown(path)}: is a folder and --channels is for a 4-D file; leave it out")
+    files = find_case(path)
+    if modality is not None and modality not in files:
+        raise UsageError(f"{shown(path)}: holds no {modality}, only {', '.join(files)}; choose one of these")
+    name = _common_name(list(files.values()))
+    return Case(name, _read({modality: files[modality]} if modality else files), path)
+
+
+def _named_case(path: Path | str | None, described: bool, modalities: Mapping[str, Path]) -> Case:
+    if not modalities:
+        raise UsageError("no case given; name a folder, a file, or files with --t1, --t1ce, --t2, --flair")
+    if path is not None or described:
+        other = f"CASE {shown(path)}" if path is not None else "--modality or --channels"
+        raise UsageError(f"{other} and files by modality (--t1, --flair, ...) exclude each other; give one")
+    files = {_known(key, f"--{key}"): Path(file) for key, file in modalities.items()}
+    return Case(_common_name(list(files.values())), _read(files))
+
+
+def _case_of_file(
+    path: Path, modality: str | None, channels: list[str] | None, default_channels: list[str]
+) -> Case:
+    count = count_channels(path)
+    name = _common_name([path])
+    if count == 1 and channels is None:
+        return Case(name, _read({modality or _split_name(path.name)[1] or "t1": path}), path)
+    if modality is not None:
+        raise UsageError(
+            f"{shown(path)}: file has {count} volumes, --modality is for a single one; use --channels"
+        )
+    names = default_channels if channels is None else channels
+    if count != len(names):
+        volumes = f"file has {count} volume{'s' if count > 1 else ''}"
+        listed = f"{len(names)}: {','.join(names)}"
+        if channels is None:
+            raise UsageError(
+                f"{shown(path)}: {volumes}, the default is {listed}; name its own with --channels"
+            )
+        raise UsageError(
+            f"{shown(path)}: {volumes}, --channels names {listed}; name one modality for each volume"
+        )
+    volumes_by_name = dict(zip(names, read_channels(path), strict=True))
+    return Case(name, _in_order(volumes_by_name), path)
+
+
+def _read(files: Mapping[str, Path]) -> dict[str, Volume]:
+    """Read one 3-D file a modality, side by side: unpacking gzip takes most of the time."""
+    with ThreadPoolExecutor(max_workers=len(files)) as pool:
+        volumes = list(pool.map(read_volume, files.values()))
+    return _in_order(dict(zip(files, volumes, strict=True)))
+
+
+def _in_order(images: Mapping[str, Volume]) -> dict[str, Volume]:
+    return {modality: images[modality] for modality in MODALITIES if modality in images}
+
+
+def _known(name: str, option: str) -> str:
+    modality = name.strip().lower()
+    if modality not in MODALITIES:
+        raise UsageError(f"{option}: unknown modality {name!r}; choose from {', '.join(MODALITIES)}")
+    return modality
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # reading it as a file says why
+        return False
+
+
+def _entries(folder: Path) -> list[tuple[str, bool]]:
+    """What lies in a folder, and whether it is a file."""
+    try:
+        return sorted((entry.name, entry.is_file()) for entry in folder.iterdir())
+    except PermissionError as error:
+        message = f"{shown(folder)}: cannot be read (permission denied); change its permissions"
+        raise MissingInputError(message) from error
+    except (OSError, ValueError) as error:
+        raise MissingInputError(f"{shown(folder)}: no such folder; check the path") from error
+
+
+def _split_name(name: str) -> tuple[str, str | None]:
+    """A file's name without what tells its format and modality, and the modality, if it tells one.
+
+    >>> _split_name("BraTS-GLI-00000-000-t1n.nii.gz")
+    ('BraTS-GLI-00000-000', 't1')
+    >>> _split_name("sub-01_ce-gadolinium_T1w.nii.gz")
+    ('sub-01', 't1ce')
+    >>> _split_name("BraTS20_001_seg.nii.gz")
+    ('BraTS20_001_seg', None)
+    """
+    stem = _ANY_IMAGE.sub("", name)
+    cut = max(stem.rfind("_"), stem.rfind("-"))
+    modality = _MODALITY_OF.get(stem[cut + 1 :].lower())
+    if modality is None:
+        return stem, None
+    rest = stem[: max(cut, 0)]
+    if modality == "t1":
+        parts = rest.split("_")
+        kept = [part for part in parts if not part.lower().startswith("ce-")]
+        if len(kept) < len(parts):
+            return "_".join(kept), "t1ce"
+    return rest, modality
+
+
+def _common_name(files: list[Path]) -> str:
+    """What the files' names have in common, else the name of the folder that they lie in."""
+    # By whole words: what case_12 and case_13 have in common is case, not case_1.
+    words = [re.split(r"([_.-])", _split_name(file.name)[0]) for file in files]
+    shared = takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
+    common = _safe("".join(column[0] for column in shared))
+    return common or _safe(files[0].resolve().parent.name) or "case"
+
+
+def _safe(text: str) -> str:
+    """The text as a part of a file name on any system; no leading dash or dot, no trailing separator."""
+    cleaned = re.sub(r"[^\w.+-]+", "_", text).strip("_-.")
+    return cleaned.encode()[:_LONGEST_NAME].decode(errors="ignore").strip("_-.")

@@ -1,0 +1,84 @@
+"""From images as they are on disk to what the network takes, the same in training and in deployment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from jrs.errors import BadDataError, UsageError
+from jrs.geometry import FloatArray, Geometry
+from jrs.manifest import GridSpec, ModelSpec, Normalization
+from jrs.runtime.affine import foreground_box
+from jrs.runtime.sampling import resample_affine
+from jrs.volume import Volume, foreground_mask
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class NetworkInput:
+    """One image as the network takes it.
+
+    ``tensor`` is (1,C,X,Y,Z) float32 on ``grid``, normalised, a missing channel all zero; ``intensities``
+    (C,X,Y,Z) is the same before normalisation; ``present`` says which channels were there.
+    """
+
+    tensor: Array
+    intensities: Array
+    present: tuple[bool, ...]
+    grid: Geometry
+
+
+def place_grid(spec: GridSpec, fixed: Volume) -> Geometry:
+    """The network's grid in the world: along RAS axes, its middle on the middle of the fixed image's brain."""
+    lower, upper = foreground_box(fixed)
+    return Geometry.aligned(spec.shape, spec.spacing, (lower + upper) / 2.0, spec.orientation)
+
+
+def network_input(
+    images: Mapping[str, Volume],
+    spec: ModelSpec,
+    grid: Geometry,
+    moving_from_fixed: FloatArray | None = None,
+    threads: int | None = None,
+) -> NetworkInput:
+    """Resample each modality onto ``grid`` through the affine A (fixed to moving, RAS mm) and normalise it.
+
+    Raises UsageError if a modality that the network needs is missing, or none that it knows is there.
+    """
+    present = tuple(channel in images for channel in spec.channels)
+    if not any(present):
+        raise UsageError(
+            f"none of the modalities {', '.join(images) or '(none)'} is known to this bundle; "
+            f"it takes {', '.join(spec.channels)}"
+        )
+    for channel, there in zip(spec.channels, present, strict=True):
+        if not there and channel not in spec.optional_channels:
+            raise UsageError(f"modality {channel} is missing and this bundle needs it; pass --{channel} FILE")
+    intensities = np.zeros((len(spec.channels), *grid.shape), dtype=np.float32)
+    tensor = np.zeros_like(intensities)
+    for index, channel in enumerate(spec.channels):
+        if channel not in images:
+            continue
+        volume = images[channel]
+        intensities[index] = resample_affine(
+            volume.data[None], volume.geometry, grid, moving_from_fixed, threads=threads
+        )[0]
+        try:
+            tensor[index] = normalize(intensities[index], spec.normalization)
+        except BadDataError as error:
+            raise BadDataError(f"{volume.path or channel}: {error}") from error
+    return NetworkInput(tensor[None], intensities, present, grid)
+
+
+def normalize(data: Array, method: Normalization) -> Array:
+    """Mean 0 and standard deviation 1: over the foreground, zero outside, or over the whole volume."""
+    mask = foreground_mask(data) if method == "zscore-foreground" else np.ones(data.shape, dtype=bool)
+    values = data[mask]
+    if values.size < 100 or float(values.std()) == 0.0:
+        raise BadDataError("nothing but background lies in the network's grid; check the alignment (--affine)")
+    mean, deviation = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
+    return np.where(mask, (data - np.float32(mean)) / np.float32(deviation), np.float32(0.0)).astype(np.float32)
