@@ -33,9 +33,11 @@ def _options(
 
 
 def _register_verbs() -> None:
-    from jrs.cli import train
+    from jrs.cli import export, train
 
     app.command("train")(train.train)
+    app.command("export")(export.export)
+    app.command("import-weights")(export.import_weights)
 
 
 _register_verbs()

@@ -41,6 +41,23 @@ JrsGridSample3D (X, coords) => (Y)
 """
 
 
+def register_schema() -> None:
+    """Tell this process's onnx about the operator, which tracing needs; files do not depend on it."""
+    if onnx.defs.has(OP_TYPE, DOMAIN):
+        return
+    parameter = onnx.defs.OpSchema.FormalParameter
+    onnx.defs.register_schema(
+        onnx.defs.OpSchema(
+            OP_TYPE,
+            DOMAIN,
+            VERSION,
+            doc="Trilinear sampling of X (N,C,D,H,W) at voxel indices coords (N,3,D',H',W'), border values outside.",
+            inputs=[parameter("X", "tensor(float)"), parameter("coords", "tensor(float)")],
+            outputs=[parameter("Y", "tensor(float)")],
+        )
+    )
+
+
 def function_body() -> onnx.FunctionProto:
     """The operator's body: normalise, reverse the axes, GridSample."""
     return onnx.parser.parse_function(_BODY)

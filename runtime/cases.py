@@ -221,5 +221,5 @@ def _common_name(files: list[Path]) -> str:
 
 def _safe(text: str) -> str:
     """The text as a part of a file name on any system; no leading dash or dot, no trailing separator."""
-    cleaned = re.sub(r"[^\w.+-]+", "_", text).strip("_-.")
+    cleaned = re.sub(r"[^\w.+-]+", "_", text).lstrip("_-.")
     return cleaned.encode()[:_LONGEST_NAME].decode(errors="ignore").strip("_-.")

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,9 @@ import torch
 
 from jrs.architecture import CONVOLUTIONS_PER_LEVEL, LEVELS, Architecture, Merge
 from jrs.errors import BadDataError, MissingInputError
-
-if TYPE_CHECKING:
-    from jrs.models.network import JointNet
+from jrs.manifest import GridSpec, ModelSpec
+from jrs.models.checkpoint import Checkpoint
+from jrs.models.network import JointNet
 
 Array = npt.NDArray[np.float32]
 Layers = dict[str, tuple[Array, Array]]
@@ -41,8 +41,6 @@ def load_reference_weights(path: str | Path, merge: Merge | None = None) -> Join
 
     Raises MissingInputError if there is no file, BadDataError if it is not such a file.
     """
-    from jrs.models.network import JointNet
-
     path = Path(path)
     layers, hints = _read(path)
     parts = _split(path, layers)
@@ -78,6 +76,32 @@ def load_reference_weights(path: str | Path, merge: Merge | None = None) -> Join
             )
     net.load_state_dict(state)
     return net.eval()
+
+
+def reference_checkpoint(path: str | Path, merge: Merge | None = None) -> Checkpoint:
+    """The same as a checkpoint, with what the authors' preprocessing tells of its inputs.
+
+    Crops of 144x208x144 voxels at 1 mm in BraTS array order (LPS), each channel z-scored over the whole crop;
+    BraTS label 4 is class 3.
+    """
+    net = load_reference_weights(path, merge)
+    architecture = net.architecture
+    channels = REFERENCE_CHANNELS if architecture.in_channels == len(REFERENCE_CHANNELS) else ("t1",)
+    if len(channels) != architecture.in_channels:
+        raise BadDataError(f"{path}: takes {architecture.in_channels} channels; the authors' weights take 1 or 4")
+    labels = ModelSpec().labels if architecture.segmentation else ()
+    if len(labels) != architecture.num_labels:
+        raise BadDataError(f"{path}: segments {architecture.num_labels} classes; the authors' weights segment 4")
+    spec = ModelSpec(
+        architecture=architecture,
+        channels=channels,
+        optional_channels=(),
+        grid=GridSpec((144, 208, 144), (1.0, 1.0, 1.0), "LPS"),
+        normalization="zscore-volume",
+        labels=labels,
+        label_values=ModelSpec().label_values if labels else (),
+    )
+    return Checkpoint(spec, net.state_dict(), {"imported_from": Path(path).name, "paper": "10.3389/fncom.2020.00017"})
 
 
 def _names() -> tuple[dict[str, str], dict[str, str]]:

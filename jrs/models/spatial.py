@@ -24,10 +24,14 @@ from jrs.architecture import Head
 from jrs.models.grid_sample import grid_sample_3d
 
 
-def identity_coords(flow: Tensor, origin: int = 0) -> Tensor:
-    """Voxel indices of the identity, (1,3,X,Y,Z) float32, the first voxel at ``origin``."""
-    axes = [torch.arange(n, device=flow.device, dtype=torch.float32) + origin for n in flow.shape[2:]]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij")).unsqueeze(0)
+def identity_coords(like: Tensor, origin: int = 0) -> Tensor:
+    """Voxel indices of the identity on the grid of ``like`` (N,3,X,Y,Z), float32, the first voxel at ``origin``."""
+    return _add_identity(torch.zeros_like(like, dtype=torch.float32), 1.0, origin)
+
+
+def displacement(coords: Tensor) -> Tensor:
+    """Coordinates (N,3,X,Y,Z) less the voxel's own index: u in voxels."""
+    return _add_identity(coords.float(), -1.0, 0)
 
 
 def spatial_gradients(flow: Tensor, head: Head) -> Tensor:
@@ -43,13 +47,21 @@ def spatial_gradients(flow: Tensor, head: Head) -> Tensor:
 def coordinates(flow: Tensor, head: Head, origin: int = 0) -> Tensor:
     """Absolute sampling coordinates (N,3,X,Y,Z), float32 voxel indices, from the decoder's raw channels."""
     if head == "displacement":
-        return flow.float() + identity_coords(flow, origin)
+        return _add_identity(flow.float(), 1.0, origin)
     return _along_own_axis(spatial_gradients(flow, head), _summation_matrix) + float(origin - 1)
 
 
 def warp(image: Tensor, coords: Tensor) -> Tensor:
     """Sample ``image`` (N,C,X,Y,Z) at ``coords`` (N,3,X,Y,Z) in FP32: trilinear, border values outside."""
     return grid_sample_3d(image.float(), coords)
+
+
+def _add_identity(field: Tensor, sign: float, origin: int) -> Tensor:
+    """Field plus ``sign`` times the identity, added axis by axis: a whole grid of constants would swell a graph."""
+    x, y, z = (
+        sign * (torch.arange(n, device=field.device, dtype=torch.float32) + origin) for n in field.shape[2:]
+    )
+    return torch.stack([field[:, 0] + x.view(-1, 1, 1), field[:, 1] + y.view(-1, 1), field[:, 2] + z], dim=1)
 
 
 def _summation_matrix(n: int, like: Tensor) -> Tensor:

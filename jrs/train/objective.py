@@ -15,7 +15,7 @@ from jrs.models.losses import (
     weighted_cross_entropy,
 )
 from jrs.models.network import JointNet, JointOutput
-from jrs.models.spatial import identity_coords, spatial_gradients, warp
+from jrs.models.spatial import displacement, spatial_gradients, warp
 from jrs.structures import STRUCTURES
 from jrs.train.batch import PairBatch
 from jrs.train.config import LossConfig
@@ -37,14 +37,12 @@ def joint_loss(
         if config.gradient_l1:
             terms["gradient_l1"] = gradient_l1(spatial_gradients(output.flow, architecture.head))
         if config.diffusion:
-            origin = architecture.grid_origin
-            terms["diffusion"] = diffusion(output.coords_vox - identity_coords(output.flow, origin))
+            terms["diffusion"] = diffusion(displacement(output.coords_vox))
         if config.structure_dice and batch.moving_structures is not None and batch.fixed_structures is not None:
             terms["structure_dice"] = _structure_dice(output, batch, config, generator)
     if output.moving_logits is not None and output.fixed_logits is not None:
         terms |= _segmentation_terms(output, batch, config)
-    weights = {**vars(config), "segmentation": config.segmentation}
-    total = sum((float(weights[name]) * value for name, value in terms.items()), start=batch.moving.new_zeros(()))
+    total = sum((float(getattr(config, name)) * value for name, value in terms.items()), start=batch.moving.new_zeros(()))
     return total, {name: value.detach() for name, value in terms.items()}
 
 

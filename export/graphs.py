@@ -1,0 +1,165 @@
+"""From PyTorch modules to the four single-file ONNX graphs of a bundle."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Literal
+
+import onnx
+import torch
+from onnxscript import values
+from torch import Tensor, nn
+
+from jrs.architecture import LEVELS
+from jrs.export.custom_op import DOMAIN, OP_TYPE, OPSET, VERSION, add_function, register_schema
+from jrs.manifest import ModelSpec
+from jrs.models.network import Codes, Decoder, JointNet
+from jrs.models.spatial import displacement, warp
+
+Precision = Literal["fp32", "fp16"]
+
+
+class EncoderGraph(nn.Module):
+    """image (1,C,X,Y,Z) to code1..code5, FP32 at both ends."""
+
+    def __init__(self, net: JointNet, precision: Precision) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(net.encoder)
+        self.dtype = _convolve_in(self.encoder, precision)
+
+    def forward(self, image: Tensor) -> Codes:
+        """Run the encoder in its precision."""
+        return tuple(code.float() for code in self.encoder(image.to(self.dtype)))
+
+
+class SegmentationGraph(nn.Module):
+    """code1..code5 to probabilities (1,K,X,Y,Z), the softmax in FP32."""
+
+    def __init__(self, net: JointNet, precision: Precision) -> None:
+        super().__init__()
+        assert net.segmentation is not None
+        self.decoder = copy.deepcopy(net.segmentation)
+        self.dtype = _convolve_in(self.decoder, precision)
+
+    def forward(self, *codes: Tensor) -> Tensor:
+        """Run the decoder in its precision."""
+        return torch.softmax(self.decoder(tuple(code.to(self.dtype) for code in codes)), dim=1)
+
+
+class RegistrationGraph(nn.Module):
+    """moving_code1..5 and fixed_code1..5 to the head's raw channels (1,3,X,Y,Z), merged in FP32."""
+
+    def __init__(self, net: JointNet, precision: Precision) -> None:
+        super().__init__()
+        assert net.registration is not None
+        self.decoder = copy.deepcopy(net.registration)
+        self.dtype = _convolve_in(self.decoder, precision)
+        # The function alone, not the network with all its weights.
+        self.merge = net.merge
+
+    def forward(self, *codes: Tensor) -> Tensor:
+        """Merge, then run the decoder in its precision."""
+        merged = self.merge(codes[:LEVELS], codes[LEVELS:])
+        flow: Tensor = self.decoder(tuple(code.to(self.dtype) for code in merged))
+        return flow
+
+
+class TransformerGraph(nn.Module):
+    """image and flow to moved (1,C,X,Y,Z) and displacement (1,3,X,Y,Z) in voxels; always FP32."""
+
+    def __init__(self, net: JointNet) -> None:
+        super().__init__()
+        self.coordinates = net.coordinates
+
+    def forward(self, image: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+        """Head, integration, sampling."""
+        coords = self.coordinates(flow)
+        return warp(image, coords), displacement(coords)
+
+
+def _convolve_in(module: nn.Module, precision: Precision) -> torch.dtype:
+    """Give the convolutions their precision; norms and a decoder's last convolution stay FP32."""
+    if precision == "fp32":
+        return torch.float32
+    last = module.output if isinstance(module, Decoder) else None
+    for part in module.modules():
+        if isinstance(part, (nn.Conv3d, nn.ConvTranspose3d)) and part is not last:
+            part.half()
+    return torch.float16
+
+
+def code_names(prefix: str = "") -> list[str]:
+    """``code1`` .. ``code5`` with a prefix."""
+    return [f"{prefix}code{level + 1}" for level in range(LEVELS)]
+
+
+def example_codes(spec: ModelSpec) -> list[Tensor]:
+    """Zero codes of the right shapes, for tracing."""
+    x, y, z = spec.grid.shape
+    return [
+        torch.zeros(1, width, x >> level, y >> level, z >> level)
+        for level, width in enumerate(spec.architecture.widths)
+    ]
+
+
+def build_graphs(net: JointNet, spec: ModelSpec, precision: Precision) -> dict[str, onnx.ModelProto]:
+    """Trace every graph that the architecture has: name to model, opset 20, the custom op with its body."""
+    net = net.eval()
+    image = torch.zeros(1, spec.architecture.in_channels, *spec.grid.shape)
+    codes = example_codes(spec)
+    graphs = {"encoder": _trace(EncoderGraph(net, precision), [image], ["image"], code_names())}
+    if net.segmentation is not None:
+        graphs["segmentation"] = _trace(SegmentationGraph(net, precision), codes, code_names(), ["probabilities"])
+    if net.registration is not None:
+        names = code_names("moving_") + code_names("fixed_")
+        graphs["registration"] = _trace(RegistrationGraph(net, precision), codes + example_codes(spec), names, ["flow"])
+        flow = torch.zeros(1, 3, *spec.grid.shape)
+        graphs["transformer"] = _trace(
+            TransformerGraph(net), [image, flow], ["image", "flow"], ["moved", "displacement"]
+        )
+    return graphs
+
+
+def _trace(
+    module: nn.Module, inputs: Sequence[Tensor], input_names: Sequence[str], output_names: Sequence[str]
+) -> onnx.ModelProto:
+    register_schema()
+    opset = values.Opset(DOMAIN, VERSION)
+
+    def grid_sample(volume, coords):  # type: ignore[no-untyped-def]
+        return getattr(opset, OP_TYPE)(volume, coords)
+
+    with torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(inputs),
+            input_names=list(input_names),
+            output_names=list(output_names),
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+            custom_translation_table={torch.ops.jrs.grid_sample_3d.default: grid_sample},
+        )
+    assert program is not None
+    model = program.model_proto
+    if any(node.domain == DOMAIN for node in model.graph.node):
+        add_function(model)
+    model.producer_name, model.producer_version, model.doc_string = "jrs", "", ""
+    _forget_paths(model)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _forget_paths(model: onnx.ModelProto) -> None:
+    """Drop the tracer's notes, which hold paths and stack traces of the machine that exported."""
+    del model.metadata_props[:]
+    for owner in (model.graph, *model.functions):
+        del owner.metadata_props[:]
+        for node in owner.node:
+            del node.metadata_props[:]
+            node.doc_string = ""
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        del value.metadata_props[:]
+        value.doc_string = ""

@@ -1,0 +1,126 @@
+"""Measures every exported graph against PyTorch, on a real brain, and judges it."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch import Tensor
+
+from jrs.bundle import ParityRecord
+from jrs.export.graphs import Precision, code_names
+from jrs.manifest import ModelSpec
+from jrs.models.network import Codes, JointNet
+from jrs.models.spatial import displacement, warp
+from jrs.reading import read_volume
+from jrs.resources import atlas_path
+from jrs.runtime.preprocess import network_input, place_grid
+from jrs.volume import Volume
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+# Per output: unit, measure, limit for FP32 graphs and for FP16 ones.
+_LIMITS: dict[str, tuple[str, str, float, float]] = {
+    "codes": ("relative", "maximum", 2e-3, 0.25),
+    "probabilities": ("probability", "percentile_99", 1e-4, 0.02),
+    "flow": ("relative", "maximum", 2e-3, 0.25),
+    "moved": ("relative", "maximum", 1e-3, 1e-3),
+    "displacement": ("voxel", "maximum", 1e-3, 1e-3),
+    "field": ("voxel", "percentile_99", 0.002, 0.05),
+    "labels": ("share", "maximum", 1e-3, 0.005),
+}
+
+
+def parity_images(spec: ModelSpec) -> tuple[Tensor, Tensor]:
+    """A moving and a fixed image (1,C,X,Y,Z): the SRI24 brain, its contrast changed a channel, shifted and squeezed."""
+    atlas = read_volume(atlas_path("sri24"))
+    grid = place_grid(spec.grid, atlas)
+    top = float(np.percentile(atlas.data, 99.5))
+    channels = {}
+    for index, name in enumerate(spec.channels):
+        curve = np.clip(atlas.data / top, 0, 1.2) ** (0.7 + 0.4 * index)
+        # Every other channel shows fluid bright, as T2 does.
+        shown = np.where((index % 2 == 1) & (atlas.data > 0.01 * top), 1.3 - curve, curve)
+        channels[name] = Volume(shown.astype(np.float32), atlas.geometry)
+    squeeze = np.diag([1.03, 0.97, 1.02, 1.0])
+    squeeze[:3, 3] = grid.center - squeeze[:3, :3] @ grid.center + np.array([2.0, -3.0, 1.5])
+    fixed = network_input(channels, spec, grid).tensor
+    moving = network_input(channels, spec, grid, squeeze).tensor
+    return torch.from_numpy(moving), torch.from_numpy(fixed)
+
+
+def check_parity(
+    net: JointNet, spec: ModelSpec, graphs: dict[str, onnx.ModelProto], precision: Precision
+) -> dict[str, ParityRecord]:
+    """Run each graph in ONNX Runtime and the network in PyTorch on the same images.
+
+    Each graph is fed PyTorch's own inputs, so its error is its own; ``field`` and ``labels`` are the whole chain.
+    """
+    moving, fixed = parity_images(spec)
+    records: dict[str, ParityRecord] = {}
+
+    def record(name: str, key: str, got: npt.NDArray[np.float32], want: Tensor) -> None:
+        unit, measure, fp32, fp16 = _LIMITS[key]
+        error = np.abs(got.astype(np.float64) - want.double().numpy())
+        if unit == "relative":
+            error = error / max(float(want.std()), 1e-6)
+        records[name] = ParityRecord(
+            float(error.max()),
+            float(np.percentile(error, 99)),
+            unit,  # type: ignore[arg-type]
+            fp32 if precision == "fp32" else fp16,
+            measure,  # type: ignore[arg-type]
+        )
+
+    with torch.no_grad():
+        codes = {"moving": net.encoder(moving), "fixed": net.encoder(fixed)}
+    encode = _Session(graphs["encoder"])
+    chain = {side: encode(image=image.numpy()) for side, image in (("moving", moving), ("fixed", fixed))}
+    for index, name in enumerate(code_names()):
+        record(name, "codes", chain["moving"][name], codes["moving"][index])
+    if net.segmentation is not None:
+        segment = _Session(graphs["segmentation"])
+        with torch.no_grad():
+            want = torch.softmax(net.segmentation(codes["moving"]), dim=1)
+        record("probabilities", "probabilities", segment(**_named(codes["moving"]))["probabilities"], want)
+        got = segment(**chain["moving"])["probabilities"]
+        differs = float((got.argmax(axis=1) != want.numpy().argmax(axis=1)).mean())
+        unit, _, fp32, fp16 = _LIMITS["labels"]
+        records["labels"] = ParityRecord(differs, differs, unit, fp32 if precision == "fp32" else fp16)  # type: ignore[arg-type]
+    if net.registration is not None:
+        register, transform = _Session(graphs["registration"]), _Session(graphs["transformer"])
+        with torch.no_grad():
+            flow = net.flow(codes["moving"], codes["fixed"])
+            coords = net.coordinates(flow)
+            moved = warp(moving, coords)
+        both = {**_named(codes["moving"], "moving_"), **_named(codes["fixed"], "fixed_")}
+        record("flow", "flow", register(**both)["flow"], flow)
+        alone = transform(image=moving.numpy(), flow=flow.numpy())
+        record("moved", "moved", alone["moved"], moved)
+        record("displacement", "displacement", alone["displacement"], displacement(coords))
+        both = {f"{side}_{name}": value for side in chain for name, value in chain[side].items()}
+        field = transform(image=moving.numpy(), flow=register(**both)["flow"])["displacement"]
+        record("field", "field", field, displacement(coords))
+    return records
+
+
+def _named(codes: Codes, prefix: str = "") -> Arrays:
+    return dict(zip(code_names(prefix), (code.numpy() for code in codes), strict=True))
+
+
+class _Session:
+    """A graph in memory on the CPU."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def __call__(self, **inputs: npt.NDArray[np.float32]) -> Arrays:
+        return dict(zip(self._outputs, self._session.run(None, inputs), strict=True))

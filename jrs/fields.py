@@ -1,0 +1,85 @@
+"""Displacement fields: vectors in RAS millimetres on a grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from jrs.geometry import FloatArray, Geometry
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class DisplacementField:
+    """``x -> x + u(x)``, read-only.
+
+    ``vectors_mm`` is (3,X,Y,Z) float32, RAS millimetres, at the voxels of ``geometry``.
+    """
+
+    vectors_mm: Array
+    geometry: Geometry
+
+    def __post_init__(self) -> None:
+        if self.vectors_mm.shape != (3, *self.geometry.shape):
+            raise ValueError(f"vectors {self.vectors_mm.shape} do not fit a grid of {self.geometry.shape}")
+        view = self.vectors_mm.view()
+        view.setflags(write=False)
+        object.__setattr__(self, "vectors_mm", view)
+
+    @staticmethod
+    def from_voxels(displacement_vox: Array, geometry: Geometry) -> DisplacementField:
+        """From displacements (3,X,Y,Z) in voxels along the array's axes: the only step from network to world space."""
+        linear = geometry.affine[:3, :3].astype(np.float32)
+        return DisplacementField(np.einsum("wi,ixyz->wxyz", linear, displacement_vox).astype(np.float32), geometry)
+
+    def faded(self, margin_mm: float) -> DisplacementField:
+        """The field continued beyond its grid: border values that fall to zero, smoothly, within ``margin_mm``.
+
+        Outside the returned grid the displacement is zero, so the affine alone remains there.
+        """
+        voxels = max(2, int(np.ceil(margin_mm / min(self.geometry.spacing))))
+        padded = np.pad(self.vectors_mm, ((0, 0), *((voxels, voxels),) * 3), mode="edge")
+        for axis, n in enumerate(self.geometry.shape):
+            outside = np.maximum(0, np.abs(np.arange(n + 2 * voxels) - voxels - (n - 1) / 2.0) - (n - 1) / 2.0)
+            window = 0.5 * (1.0 + np.cos(np.pi * np.minimum(1.0, outside / (voxels - 0.5))))
+            shape = [1, 1, 1, 1]
+            shape[axis + 1] = -1
+            padded *= window.reshape(shape).astype(np.float32)
+        return DisplacementField(padded, self.geometry.padded(voxels))
+
+
+def jacobian_determinant(field: DisplacementField, rows: int = 16) -> Array:
+    """det d(x + d(x))/dx at every voxel, (X,Y,Z) float32, from central differences of the field.
+
+    With F the grid's linear part and G the differences of d along the array's axes, the determinant is
+    det(F + G) / det(F); any orientation, spacing and shear. ``rows`` planes are worked on at once.
+    """
+    linear: FloatArray = field.geometry.affine[:3, :3]
+    count = field.geometry.shape[0]
+    out = np.empty(field.geometry.shape, dtype=np.float32)
+    for start in range(0, count, rows):
+        stop = min(start + rows, count)
+        # One plane more on either side, so that the differences at the seams are central too.
+        low, high = max(0, start - 1), min(count, stop + 1)
+        inner = slice(start - low, stop - low)
+        columns = [np.empty(0)] * 3
+        for axis in range(3):
+            along = _differences(field.vectors_mm[:, low:high], axis + 1)[:, inner]
+            columns[axis] = along + linear[:, axis].astype(np.float32).reshape(3, 1, 1, 1)
+        a, b, c = columns
+        out[start:stop] = (
+            a[0] * (b[1] * c[2] - b[2] * c[1])
+            - a[1] * (b[0] * c[2] - b[2] * c[0])
+            + a[2] * (b[0] * c[1] - b[1] * c[0])
+        ) / np.float32(np.linalg.det(linear))
+    return out
+
+
+def _differences(values: Array, axis: int) -> Array:
+    if values.shape[axis] < 2:
+        return np.zeros_like(values)
+    result: Array = np.gradient(values, axis=axis).astype(np.float32, copy=False)
+    return result

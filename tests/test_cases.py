@@ -1,0 +1,333 @@
+"""What CASE on the command line means: folders, 3-D files, 4-D files, files by modality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from jrs.errors import BadDataError, JrsError, MissingInputError, UsageError
+from jrs.runtime.cases import MODALITIES, find_case, load_case
+
+
+def image(path: Path, level: int = 100, volumes: int = 0, shape: tuple[int, int, int] = (4, 3, 2)) -> Path:
+    """A small image whose voxels say which it is: level, level + 1, ...; of volumes, level + 1000 k."""
+    data = (np.arange(np.prod(shape)).reshape(shape) + level).astype(np.int16)
+    if volumes:
+        data = np.stack([data + 1000 * k for k in range(volumes)], axis=-1)
+    kind = nib.MGHImage if path.suffix.lower() == ".mgz" else nib.Nifti1Image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind(data, np.eye(4)).to_filename(path)
+    return path
+
+
+def level(volume: Any) -> int:
+    return int(volume.data[0, 0, 0])
+
+
+def usage(words: str, *arguments: Any, error: type[JrsError] = UsageError, **options: Any) -> str:
+    with pytest.raises(JrsError) as caught:
+        load_case(*arguments, **options)
+    message = str(caught.value)
+    assert type(caught.value) is error, message
+    assert words in message
+    assert "\n" not in message and "; " in message
+    return message
+
+
+# Folders --------------------------------------------------------------------------------------------------
+
+FOLDERS = {
+    "BraTS 2020": (
+        "BraTS20_Training_001",
+        "_t1.nii",
+        "_t1ce.nii",
+        "_t2.nii",
+        "_flair.nii",
+        ["_seg.nii", "_t1", "_t2.img", "_t2.hdr", "_flair.json"],
+    ),
+    "BraTS 2023": (
+        "BraTS-GLI-00000-000",
+        "-t1n.nii.gz",
+        "-t1c.nii.gz",
+        "-t2w.nii.gz",
+        "-t2f.nii.gz",
+        ["-seg.nii.gz"],
+    ),
+    "TCGA": (
+        "TCGA-DU-7294",
+        "_t1.nii.gz",
+        "_t1Gd.nii.gz",
+        "_t2.nii.gz",
+        "_flair.nii.gz",
+        ["_GlistrBoost.nii.gz", "_GlistrBoost_ManuallyCorrected.nii.gz"],
+    ),
+    "dots": ("TCGA-02-0006_1996.08.23", "_T1.nii", "_T1GD.nii", "_T2.nii", "_FLA.nii", ["_seg_t1_x.nii"]),
+    "BIDS": (
+        "sub-01_ses-02",
+        "_T1w.nii.gz",
+        "_ce-gadolinium_T1w.nii.gz",
+        "_T2w.nii.gz",
+        "_FLAIR.nii.gz",
+        ["_T1w.json", "_desc-brain_mask.nii.gz", "_space-T1w_dseg.nii.gz"],
+    ),
+    "capitals": ("P1", "_T1.NII.GZ", "_T1CE.NII.GZ", "_T2.NII", "_FLAIR.NII", ["_SEG.NII", "_MASK.NII"]),
+    "FreeSurfer": ("P1", "_T1.mgz", "_T1c.mgz", "_T2.mgz", "_FLAIR.mgz", ["_aseg.mgz", "_brain.mgz"]),
+}
+
+
+@pytest.mark.parametrize("convention", FOLDERS)
+def test_a_folder_by_the_names_of_its_files(tmp_path: Path, convention: str) -> None:
+    name, t1, t1ce, t2, flair, others = FOLDERS[convention]
+    for k, ending in enumerate((flair, t2, t1, t1ce)):  # in an order that is not the channels'
+        image(tmp_path / f"{name}{ending}", 100 * k)
+    for ending in others:
+        (tmp_path / f"{name}{ending}").write_bytes(b"must not be read")
+    (tmp_path / f"._{name}{t1}").write_bytes(b"AppleDouble")
+    (tmp_path / f"other{t2}").mkdir()
+    case = load_case(tmp_path)
+    assert case.name == name
+    assert case.source == tmp_path
+    assert list(case.images) == list(MODALITIES) == ["t1", "t1ce", "t2", "flair"]
+    assert {m: level(v) for m, v in case.images.items()} == {"flair": 0, "t2": 100, "t1": 200, "t1ce": 300}
+    assert find_case(tmp_path)["t1ce"] == tmp_path / f"{name}{t1ce}"
+
+
+@pytest.mark.parametrize(
+    ("ending", "modality"),
+    [(e, "t1") for e in ("t1", "t1n", "t1w")]
+    + [(e, "t1ce") for e in ("t1ce", "t1c", "t1gd")]
+    + [(e, "t2") for e in ("t2", "t2w")]
+    + [(e, "flair") for e in ("flair", "t2f", "fla")],
+)
+@pytest.mark.parametrize("mark", ["_", "-"])
+def test_every_ending(tmp_path: Path, ending: str, modality: str, mark: str) -> None:
+    for name in (f"p{mark}{ending}.nii", f"p{mark}{ending.upper()}.nii.gz"):
+        path = image(tmp_path / name)
+        assert find_case(tmp_path) == {modality: path}
+        assert load_case(path).name == "p"
+        assert list(load_case(path).images) == [modality]
+        path.unlink()
+
+
+def test_files_named_by_modality_only_take_the_name_of_their_folder(tmp_path: Path) -> None:
+    image(tmp_path / "patient 7" / "t1.nii.gz")
+    image(tmp_path / "patient 7" / "FLAIR.nii.gz")
+    case = load_case(tmp_path / "patient 7")
+    assert list(case.images) == ["t1", "flair"]
+    assert case.name == "patient_7"
+    assert load_case(tmp_path / "patient 7" / "t1.nii.gz").name == "patient_7"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("case_12", "case_13"), ("case-12", "case-13"), ("case.x", "case")]
+)
+def test_the_name_is_what_whole_words_have_in_common(tmp_path: Path, first: str, second: str) -> None:
+    image(tmp_path / f"{first}_t1.nii")
+    image(tmp_path / f"{second}_t2.nii")
+    assert load_case(tmp_path).name == "case"
+
+
+def test_nothing_in_common(tmp_path: Path) -> None:
+    image(tmp_path / "here" / "a_t1.nii")
+    image(tmp_path / "here" / "b_t2.nii")
+    assert load_case(tmp_path / "here").name == "here"
+
+
+def test_two_files_for_one_modality(tmp_path: Path) -> None:
+    image(tmp_path / "a_t1ce.nii.gz")
+    image(tmp_path / "a_t1gd.nii")
+    message = usage("two files for t1ce", tmp_path)
+    assert "a_t1ce.nii.gz" in message and "a_t1gd.nii" in message and str(tmp_path) in message
+
+
+def test_the_same_image_plain_and_gzipped_is_two_files(tmp_path: Path) -> None:
+    image(tmp_path / "a_t1.nii.gz")
+    image(tmp_path / "a_t1.nii")
+    usage("a_t1.nii and a_t1.nii.gz", tmp_path)
+
+
+def test_nothing_found_lists_endings_and_what_is_there(tmp_path: Path) -> None:
+    for k in range(7):
+        image(tmp_path / f"scan{k}.nii")
+    message = usage(
+        "scan0.nii, scan1.nii, scan2.nii, scan3.nii, scan4.nii", tmp_path, error=MissingInputError
+    )
+    assert "scan5" not in message and "2 more" in message
+    for ending in ("t1", "t1n", "t1w", "t1ce", "t1c", "t1gd", "t2", "t2w", "flair", "t2f", "fla"):
+        assert f" {ending}," in message
+    (tmp_path / "empty").mkdir()
+    usage("only nothing", tmp_path / "empty", error=MissingInputError)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match=r"no such folder"):
+        find_case(tmp_path / "gone")
+    usage("no such file", tmp_path / "gone", error=MissingInputError)
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    usage("permission denied", tmp_path, error=MissingInputError)
+    monkeypatch.setattr(Path, "is_dir", fail)
+    monkeypatch.setattr(Path, "stat", fail)
+    usage("permission denied", tmp_path, error=MissingInputError)
+
+
+def test_one_modality_of_a_folder(tmp_path: Path) -> None:
+    image(tmp_path / "a_t1.nii", 100)
+    (tmp_path / "a_t2.nii").write_bytes(b"must not be read")
+    case = load_case(tmp_path, modality="t1")
+    assert {m: level(v) for m, v in case.images.items()} == {"t1": 100}
+    assert "t1, t2" in usage("holds no flair", tmp_path, modality="flair")
+    usage("--channels is for a 4-D file", tmp_path, channels=["t1", "t2"])
+
+
+def test_modalities_may_lie_on_different_grids(tmp_path: Path) -> None:
+    image(tmp_path / "a_t1.nii")
+    image(tmp_path / "a_flair.nii", shape=(7, 6, 5))
+    images = load_case(tmp_path).images
+    assert (images["t1"].geometry.shape, images["flair"].geometry.shape) == ((4, 3, 2), (7, 6, 5))
+
+
+def test_a_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
+    image(tmp_path / "a_t1.nii")
+    (tmp_path / "a_t2.nii").write_bytes(b"rubbish")
+    usage("a_t2.nii: is not an image", tmp_path, error=BadDataError)
+
+
+# One file -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "modality", "case_name"),
+    [
+        ("xxx_flair.nii.gz", None, "flair", "xxx"),
+        ("xxx_flair.nii.gz", "t2", "t2", "xxx"),
+        ("xxx.nii.gz", None, "t1", "xxx"),
+        ("xxx.nii", "FLAIR", "flair", "xxx"),
+        ("sub-01_ce-gadolinium_T1w.nii.gz", None, "t1ce", "sub-01"),
+        ("sub-01_ce-gadolinium_acq-mprage_T1w.nii.gz", None, "t1ce", "sub-01_acq-mprage"),
+        ("sub-01_T1w.nii.gz", None, "t1", "sub-01"),
+        ("sub-01_ce-gadolinium_FLAIR.nii.gz", None, "flair", "sub-01_ce-gadolinium"),
+        ("BraTS-GLI-00000-000-t2f.nii.gz", None, "flair", "BraTS-GLI-00000-000"),
+        ("scan.2024.01.nii.gz", None, "t1", "scan.2024.01"),
+        ("two words & more_t2.nii", None, "t2", "two_words_more"),
+        ("-rf_t1.nii", None, "t1", "rf"),
+        ("..hidden_t1.nii", None, "t1", "hidden"),
+        ("brain.mgz", None, "t1", "brain"),
+        ("Größe_t1.nii", None, "t1", "Größe"),
+    ],
+)
+def test_a_3d_file(tmp_path: Path, name: str, option: str | None, modality: str, case_name: str) -> None:
+    path = image(tmp_path / name, 7)
+    case = load_case(str(path), modality=option)
+    assert {m: level(v) for m, v in case.images.items()} == {modality: 7}
+    assert case.images[modality].path == path
+    assert case.name == case_name
+    assert case.source == path
+
+
+def test_a_long_name_leaves_room_for_what_is_appended(tmp_path: Path) -> None:
+    name = load_case(image(tmp_path / ("ä" * 110 + "_t1.nii"))).name
+    assert name == "ä" * 60
+
+
+def test_a_4d_file_in_the_default_order(tmp_path: Path) -> None:
+    path = image(tmp_path / "brats.nii.gz", 5, volumes=4)
+    case = load_case(path)
+    found = {m: level(v) for m, v in case.images.items()}
+    assert found == {"t1": 5, "t1ce": 1005, "t2": 2005, "flair": 3005}
+    assert (case.name, case.source) == ("brats", path)
+
+
+def test_channels_name_the_volumes_in_the_order_of_the_file(tmp_path: Path) -> None:
+    path = image(tmp_path / "msd.nii.gz", 5, volumes=4)
+    case = load_case(path, channels=["flair", "T1", "t1ce", "t2"])
+    assert list(case.images) == ["t1", "t1ce", "t2", "flair"]
+    assert {m: level(v) for m, v in case.images.items()} == {"flair": 5, "t1": 1005, "t1ce": 2005, "t2": 3005}
+
+
+def test_default_channels_of_another_bundle(tmp_path: Path) -> None:
+    path = image(tmp_path / "a.nii.gz", 5, volumes=2)
+    case = load_case(path, default_channels=("t2", "t1"))
+    assert {m: level(v) for m, v in case.images.items()} == {"t1": 1005, "t2": 5}
+    message = usage("file has 2 volumes, the default is 4: t1,t1ce,t2,flair", path)
+    assert "--channels" in message
+
+
+def test_a_wrong_count_names_both_numbers(tmp_path: Path) -> None:
+    path = image(tmp_path / "a.nii.gz", volumes=3)
+    message = usage(
+        "file has 3 volumes, --channels names 4: t1,t1ce,t2,flair", path, channels=list(MODALITIES)
+    )
+    assert str(path) in message
+    single = image(tmp_path / "b.nii.gz")
+    usage("file has 1 volume, --channels names 2: t1,t2", single, channels=["t1", "t2"])
+    assert list(load_case(single, channels=["t2"]).images) == ["t2"]
+
+
+def test_a_wrong_count_is_told_before_the_voxels_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = image(tmp_path / "a.nii", volumes=3)
+    monkeypatch.setattr("jrs.runtime.cases.read_channels", lambda _: pytest.fail("the voxels were read"))
+    usage("file has 3 volumes", path)
+
+
+def test_contradictions(tmp_path: Path) -> None:
+    path = image(tmp_path / "a.nii.gz", volumes=4)
+    usage("4 volumes, --modality is for a single one", path, modality="t1")
+    usage("give one of them", path, modality="t1", channels=["t1"])
+    usage("names t1,t1", path, channels=["t1", "t1"])
+    usage("names nothing", path, channels=[])
+
+
+@pytest.mark.parametrize("options", [{"modality": "pd"}, {"channels": ["t1", "pd"]}])
+def test_unknown_modalities(tmp_path: Path, options: dict[str, Any]) -> None:
+    message = usage("unknown modality 'pd'", image(tmp_path / "a.nii"), **options)
+    assert "t1, t1ce, t2, flair" in message
+    assert f"--{next(iter(options))}" in message
+
+
+# Files by modality ----------------------------------------------------------------------------------------
+
+
+def test_files_by_modality(tmp_path: Path) -> None:
+    files = {
+        "flair": image(tmp_path / "p3_dark.nii", 1),
+        "t1": image(tmp_path / "p3_flair.nii", 2),  # the option wins over the name
+    }
+    case = load_case(None, modalities=files)
+    assert list(case.images) == ["t1", "flair"]
+    assert {m: level(v) for m, v in case.images.items()} == {"flair": 1, "t1": 2}
+    assert case.name == "p3"
+    assert case.source is None
+
+
+def test_files_by_modality_exclude_the_rest(tmp_path: Path) -> None:
+    path = image(tmp_path / "a.nii")
+    usage("exclude each other", path, modalities={"t1": path})
+    usage("exclude each other", None, modalities={"t1": path}, modality="t1")
+    usage("exclude each other", None, modalities={"t1": path}, channels=["t1"])
+    usage("--pd: unknown modality 'pd'", None, modalities={"pd": path})
+    usage("no case given", None)
+    usage("no case given", None, modalities={})
+    assert list(load_case(path, modalities={}).images) == ["t1"]
+
+
+def test_a_4d_file_by_modality_is_refused(tmp_path: Path) -> None:
+    path = image(tmp_path / "a.nii", volumes=4)
+    usage("is 4-D with 4 volumes", None, modalities={"t1": path}, error=BadDataError)
+
+
+def test_the_case_is_frozen(tmp_path: Path) -> None:
+    case = load_case(image(tmp_path / "a.nii"))
+    with pytest.raises(AttributeError):
+        case.name = "b"  # type: ignore[misc]
