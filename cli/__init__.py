@@ -1,0 +1,1 @@
+"""The ``jrs`` command: thin verbs, heavy imports inside them."""

@@ -33,8 +33,9 @@ def _options(
 
 
 def _register_verbs() -> None:
-    from jrs.cli import export, train
+    from jrs.cli import export, infer, train
 
+    app.command("infer")(infer.infer)
     app.command("train")(train.train)
     app.command("export")(export.export)
     app.command("import-weights")(export.import_weights)

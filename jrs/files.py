@@ -78,6 +78,43 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             remove_tree(temporary)
 
 
+@contextmanager
+def whole_set(folder: Path, names: list[str], stale: list[str], overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder; when the block ends without an error, its files move into ``folder`` together.
+
+    If one of ``names`` is there already, that is an error unless ``overwrite``; then files named in ``stale``
+    (of an earlier run) are removed when the new ones take their place.
+    """
+    refuse_existing(folder, names, overwrite)
+    created = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".jrs-", dir=folder))
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    try:
+        yield temporary
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
+        for file in sorted(temporary.iterdir()):
+            file.replace(folder / file.name)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    finally:
+        remove_tree(temporary)
+        if created and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def refuse_existing(folder: Path, names: list[str], overwrite: bool) -> None:
+    """Raise CannotCreateError if one of the files is there, unless ``overwrite``."""
+    if folder.exists() and not folder.is_dir():
+        raise CannotCreateError(f"{folder}: is a file, a folder is to be written there; choose another --out")
+    there = [name for name in names if (folder / name).exists()]
+    if there and not overwrite:
+        raise CannotCreateError(f"{folder / there[0]}: exists already; choose another --out or pass --overwrite")
+
+
 def remove_tree(path: Path) -> None:
     """Remove a folder and all that it holds."""
     import shutil

@@ -1,0 +1,1 @@
+"""Deployment: preprocessing, engines, the inference pipeline and its results; never PyTorch."""

@@ -14,11 +14,9 @@ from itertools import takewhile
 from pathlib import Path
 
 from jrs.errors import MissingInputError, UsageError
+from jrs.manifest import MODALITIES
 from jrs.reading import count_channels, read_channels, read_volume, shown
 from jrs.volume import Volume
-
-MODALITIES = ("t1", "t1ce", "t2", "flair")
-"""The modalities in the network's channel order."""
 
 ENDINGS: dict[str, tuple[str, ...]] = {
     "t1": ("t1", "t1n", "t1w"),

@@ -1,0 +1,57 @@
+"""``jrs infer``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from jrs.cli.console import note
+from jrs.errors import UsageError
+
+
+def infer(
+    case: Annotated[
+        Optional[Path], typer.Argument(help="Folder with BraTS names, a 3-D file (T1 unless --modality) or a 4-D file.")
+    ] = None,
+    atlas: Annotated[str, typer.Option("--atlas", help="Fixed image: sri24 (ships with jrs), a file or a folder.")] = "sri24",
+    out: Annotated[Path, typer.Option("--out", help="Results go to OUT/<case>/.")] = Path("out"),
+    bundle: Annotated[Optional[str], typer.Option("--bundle", help="Folder of a bundle (default: the one that ships with jrs).")] = None,
+    modality: Annotated[Optional[str], typer.Option("--modality", help="What a 3-D file is: t1, t1ce, t2 or flair.")] = None,
+    channels: Annotated[Optional[str], typer.Option("--channels", help="Volumes of a 4-D file in its order, for example t1,t1ce,t2,flair.")] = None,
+    t1: Annotated[Optional[Path], typer.Option("--t1", help="T1 image, instead of CASE.")] = None,
+    t1ce: Annotated[Optional[Path], typer.Option("--t1ce", help="Contrast-enhanced T1.")] = None,
+    t2: Annotated[Optional[Path], typer.Option("--t2", help="T2 image.")] = None,
+    flair: Annotated[Optional[Path], typer.Option("--flair", help="FLAIR image.")] = None,
+    affine: Annotated[str, typer.Option("--affine", help="auto, rigid, off, or an ITK affine file (.txt, .tfm).")] = "auto",
+    seg: Annotated[bool, typer.Option("--seg/--no-seg", help="Segment the tumour.")] = True,
+    inverse: Annotated[bool, typer.Option("--inverse/--no-inverse", help="Write the inverse field.")] = True,
+    backend: Annotated[str, typer.Option("--backend", help="auto, openvino or ort-cpu.")] = "auto",
+    precision: Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")] = "auto",
+    threads: Annotated[Optional[int], typer.Option("--threads", min=1, help="CPU threads.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+) -> None:
+    """Register a case to an atlas and segment its tumour."""
+    named = {"t1": t1, "t1ce": t1ce, "t2": t2, "flair": flair}
+    modalities = {name: path for name, path in named.items() if path is not None}
+    if case is None and not modalities:
+        raise UsageError("no case given; name a folder, a file, or files with --t1, --t1ce, --t2, --flair")
+    from jrs.runtime.pipeline import InferOptions, Pipeline
+    from jrs.runtime.results import summary_line
+
+    options = InferOptions(
+        modality=modality,
+        channels=None if channels is None else [name.strip() for name in channels.split(",")],
+        modalities=modalities or None,
+        affine=affine,
+        segment=seg,
+        inverse=inverse,
+        keep_clear_of=None if overwrite else out,
+    )
+    with Pipeline.open(bundle, backend, precision, threads) as pipeline:
+        result = pipeline.infer(case, atlas, options)
+        folder = result.save(out, overwrite)
+    for warning in result.warnings:
+        note(f"jrs: warning: {warning}")
+    print(summary_line(folder / result.names.report_json))

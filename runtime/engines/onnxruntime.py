@@ -1,0 +1,52 @@
+"""ONNX Runtime on the CPU: runs every graph, the custom op by its body."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jrs.errors import BackendError, OutOfMemoryError
+from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, graph_name
+
+
+class OnnxRuntimeEngine(Closing):
+    """One graph in an ONNX Runtime session (see ``Engine``)."""
+
+    def __init__(self, graph: Path, options: EngineOptions) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise BackendError(f"backend ort-cpu: onnxruntime cannot be imported ({error}); install jrs again") from error
+        if options.precision != "fp32":
+            raise BackendError(f"backend ort-cpu: precision {options.precision} is not offered; use fp32")
+        session = onnxruntime.SessionOptions()
+        session.log_severity_level = 3
+        if options.threads:
+            session.intra_op_num_threads = options.threads
+        try:
+            self._native: Any = onnxruntime.InferenceSession(str(graph), session, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise BackendError(f"backend ort-cpu: cannot load {graph_name(graph)} ({_first_line(error)})") from error
+        self._outputs = [output.name for output in self._native.get_outputs()]
+        self._graph = graph
+        self.info = EngineInfo("ort-cpu", "CPU", "fp32")
+
+    def __enter__(self) -> OnnxRuntimeEngine:
+        return self
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once."""
+        try:
+            results = self._native.run(None, dict(inputs))
+        except Exception as error:
+            if "alloc" in str(error).lower():
+                raise OutOfMemoryError(
+                    f"{graph_name(self._graph)}: out of memory; close other programs or use a smaller grid"
+                ) from error
+            raise BackendError(f"backend ort-cpu: {graph_name(self._graph)} failed ({_first_line(error)})") from error
+        return dict(zip(self._outputs, results, strict=True))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,113 @@
+"""The total transform x -> A(x + u(x)), fixed to moving, RAS mm: applied, inverted, made dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from jrs.fields import DisplacementField
+from jrs.geometry import FloatArray, Geometry
+from jrs.runtime.sampling import affine_coords, sample, slabs
+
+Array = npt.NDArray[np.float32]
+
+FADE_MM = 24.0
+"""Outside the network's grid the displacement falls to zero within this distance."""
+_INVERSION_STEPS = 30
+_INVERSION_TOLERANCE_MM = 0.005
+
+
+@dataclass(frozen=True, eq=False)
+class Transform:
+    """An affine A (4x4) behind a displacement u on the network's grid; u None is the affine alone."""
+
+    affine: FloatArray
+    displacement: DisplacementField | None
+    threads: int | None = None
+
+    @cached_property
+    def field(self) -> DisplacementField | None:
+        """u, continued beyond the network's grid and faded to zero."""
+        return None if self.displacement is None else self.displacement.faded(FADE_MM)
+
+    def displaced(self, field: DisplacementField | None, grid: Geometry, start: int, stop: int) -> Array:
+        """``field`` (3,x,y,z) mm at the voxels of ``grid``, planes ``start`` to ``stop``; zero without one."""
+        if field is None:
+            return np.zeros((3, stop - start, *grid.shape[1:]), dtype=np.float32)
+        coords = affine_coords(grid.shape, field.geometry.inverse @ grid.affine, start, stop)
+        return sample(field.vectors_mm, coords, 0.0, self.threads)
+
+    def forward(self, fixed: Geometry) -> Iterator[tuple[slice, Array, Array]]:
+        """Slab by slab of the fixed grid: which planes, A(x + u(x)) (3,...) RAS mm, and x + u(x) likewise."""
+        linear, offset = self.affine[:3, :3], self.affine[:3, 3]
+        for start, stop in slabs(fixed.shape):
+            before = affine_coords(fixed.shape, fixed.affine, start, stop)
+            before += self.displaced(self.field, fixed, start, stop)
+            yield slice(start, stop), _apply(linear, offset, before), before
+
+    def dense(self, fixed: Geometry) -> DisplacementField:
+        """d(x) = A(x + u(x)) - x on the fixed image's grid."""
+        out = np.empty((3, *fixed.shape), dtype=np.float32)
+        for planes, moved, _ in self.forward(fixed):
+            out[:, planes] = moved - affine_coords(fixed.shape, fixed.affine, planes.start, planes.stop)
+        return DisplacementField(out, fixed)
+
+    @cached_property
+    def inverse_displacement(self) -> DisplacementField | None:
+        """v with (z + v(z)) + u(z + v(z)) = z, on the faded grid, by fixed-point iteration v <- -u(z + v)."""
+        if self.field is None:
+            return None
+        field, grid = self.field, self.field.geometry
+        to_voxels = grid.inverse[:3, :3].astype(np.float32)
+        index = affine_coords(grid.shape, np.eye(4))
+        v = np.zeros_like(field.vectors_mm)
+        for _ in range(_INVERSION_STEPS):
+            coords = index + np.einsum("iw,wxyz->ixyz", to_voxels, v)
+            new = -sample(field.vectors_mm, coords, 0.0, self.threads)
+            # Half a step where the iteration would swing: folds have no inverse, elsewhere it converges anyway.
+            change = float(np.abs(new - v).max())
+            v = new if change < 2.0 else 0.5 * (new + v)
+            if change < _INVERSION_TOLERANCE_MM:
+                break
+        return DisplacementField(v.astype(np.float32), grid)
+
+    def inverse_dense(self, moving: Geometry) -> DisplacementField:
+        """x(y) - y on the moving image's grid, where A(x + u(x)) = y."""
+        inverse = np.linalg.inv(self.affine)
+        back = Geometry(moving.shape, inverse @ moving.affine)
+        out = np.empty((3, *moving.shape), dtype=np.float32)
+        for start, stop in slabs(moving.shape):
+            z = affine_coords(moving.shape, back.affine, start, stop)
+            x = z + self.displaced(self.inverse_displacement, back, start, stop)
+            if self.field is not None:
+                # One more step on this grid takes away what interpolating v has cost.
+                matrix = self.field.geometry.inverse
+                coords = _apply(matrix[:3, :3], matrix[:3, 3], x)
+                x = z - sample(self.field.vectors_mm, coords, 0.0, self.threads)
+            out[:, start:stop] = x - affine_coords(moving.shape, moving.affine, start, stop)
+        return DisplacementField(out, moving)
+
+    def points(self, points_ras: npt.ArrayLike) -> FloatArray:
+        """Map fixed points (n,3) to moving points (n,3), RAS mm."""
+        points = np.asarray(points_ras, dtype=np.float64)
+        if self.field is not None:
+            coords = self.field.geometry.to_voxels(points).T.astype(np.float32)[:, :, None, None]
+            points = points + sample(self.field.vectors_mm, coords, 0.0, self.threads)[:, :, 0, 0].T
+        result: FloatArray = points @ self.affine[:3, :3].T + self.affine[:3, 3]
+        return result
+
+
+def to_voxel_coords(points: Array, grid: Geometry) -> Array:
+    """RAS mm (3,...) to voxel indices of ``grid`` (3,...), float32."""
+    return _apply(grid.inverse[:3, :3], grid.inverse[:3, 3], points)
+
+
+def _apply(linear: FloatArray, offset: FloatArray, points: Array) -> Array:
+    flat = points.reshape(3, -1)
+    moved = linear.astype(np.float32) @ flat + offset.astype(np.float32)[:, None]
+    result: Array = moved.reshape(points.shape)
+    return result
