@@ -7,6 +7,7 @@ What they must hold is read from the tree that this file lies in, so run it in a
 
 from __future__ import annotations
 
+import re
 import sys
 import tarfile
 import zipfile
@@ -37,6 +38,8 @@ DATA = (
     "jrs/data/configs/paper.toml",
 )
 DEFAULT_BUNDLE = "jrs/data/bundles/default"
+# Where else than in pyproject.toml the version stands.
+VERSIONS = {"jrs/__init__.py": r'^__version__ = "(.+)"$', "CITATION.cff": r"^version: (.+)$"}
 HOUSE_FILES = (
     "pyproject.toml",
     "MANIFEST.in",
@@ -107,6 +110,10 @@ def check_wheel(path: Path) -> list[str]:
         problems.append(f"{where}: the command jrs is missing from entry_points.txt")
     if metadata["License-Expression"] != "Apache-2.0":
         problems.append(f"{where}: License-Expression is {metadata['License-Expression']}")
+    for file, pattern in VERSIONS.items():
+        version = re.search(pattern, (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+        if version is None or version[1] != metadata["Version"]:
+            problems.append(f"{file}: the version is not {metadata['Version']}, as in pyproject.toml")
     base = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
     heavy = [r for r in base if r.startswith(("torch", "monai", "lightning"))]
     return problems + [f"{where}: {requirement} must not be a base dependency" for requirement in heavy]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -13,10 +13,12 @@ from jrs.errors import CannotCreateError, UsageError
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint (.safetensors) or folder of a run.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the bundle.")],
-    fp16: Annotated[bool, typer.Option("--fp16", help="Convolutions in FP16; the head and all behind it stay FP32.")] = False,
-    name: Annotated[Optional[str], typer.Option("--name", help="Name of the bundle (default: the folder's).")] = None,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Convolutions in FP16; the head and all behind it stay FP32.")
+    ] = False,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the bundle (default: the folder's).")] = None,
     shape: Annotated[
-        Optional[str], typer.Option("--shape", help="Another grid, for example 144,208,144; multiples of 16.")
+        str | None, typer.Option("--shape", help="Another grid, for example 144,208,144; multiples of 16.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
 ) -> None:
@@ -41,7 +43,7 @@ def import_weights(
     file: Annotated[Path, typer.Argument(help="The authors' Keras weights (.h5).")],
     out: Annotated[Path, typer.Option("--out", help="Checkpoint to write (.safetensors).")],
     merge: Annotated[
-        Optional[str], typer.Option("--merge", help="subtract or add, for a wrapped file that does not say.")
+        str | None, typer.Option("--merge", help="subtract or add, for a wrapped file that does not say.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -13,23 +13,36 @@ from jrs.errors import UsageError
 
 def infer(
     case: Annotated[
-        Optional[Path], typer.Argument(help="Folder with BraTS names, a 3-D file (T1 unless --modality) or a 4-D file.")
+        Path | None,
+        typer.Argument(help="Folder with BraTS names, a 3-D file (T1 unless --modality) or a 4-D file."),
     ] = None,
-    atlas: Annotated[str, typer.Option("--atlas", help="Fixed image: sri24 (ships with jrs), a file or a folder.")] = "sri24",
+    atlas: Annotated[
+        str, typer.Option("--atlas", help="Fixed image: sri24 (ships with jrs), a file or a folder.")
+    ] = "sri24",
     out: Annotated[Path, typer.Option("--out", help="Results go to OUT/<case>/.")] = Path("out"),
-    bundle: Annotated[Optional[str], typer.Option("--bundle", help="Folder of a bundle (default: the one that ships with jrs).")] = None,
-    modality: Annotated[Optional[str], typer.Option("--modality", help="What a 3-D file is: t1, t1ce, t2 or flair.")] = None,
-    channels: Annotated[Optional[str], typer.Option("--channels", help="Volumes of a 4-D file in its order, for example t1,t1ce,t2,flair.")] = None,
-    t1: Annotated[Optional[Path], typer.Option("--t1", help="T1 image, instead of CASE.")] = None,
-    t1ce: Annotated[Optional[Path], typer.Option("--t1ce", help="Contrast-enhanced T1.")] = None,
-    t2: Annotated[Optional[Path], typer.Option("--t2", help="T2 image.")] = None,
-    flair: Annotated[Optional[Path], typer.Option("--flair", help="FLAIR image.")] = None,
-    affine: Annotated[str, typer.Option("--affine", help="auto, rigid, off, or an ITK affine file (.txt, .tfm).")] = "auto",
+    bundle: Annotated[
+        str | None,
+        typer.Option("--bundle", help="Folder of a bundle (default: the one that ships with jrs)."),
+    ] = None,
+    modality: Annotated[
+        str | None, typer.Option("--modality", help="What a 3-D file is: t1, t1ce, t2 or flair.")
+    ] = None,
+    channels: Annotated[
+        str | None,
+        typer.Option("--channels", help="Volumes of a 4-D file in its order, for example t1,t1ce,t2,flair."),
+    ] = None,
+    t1: Annotated[Path | None, typer.Option("--t1", help="T1 image, instead of CASE.")] = None,
+    t1ce: Annotated[Path | None, typer.Option("--t1ce", help="Contrast-enhanced T1.")] = None,
+    t2: Annotated[Path | None, typer.Option("--t2", help="T2 image.")] = None,
+    flair: Annotated[Path | None, typer.Option("--flair", help="FLAIR image.")] = None,
+    affine: Annotated[
+        str, typer.Option("--affine", help="auto, rigid, off, or an ITK affine file (.txt, .tfm).")
+    ] = "auto",
     seg: Annotated[bool, typer.Option("--seg/--no-seg", help="Segment the tumour.")] = True,
     inverse: Annotated[bool, typer.Option("--inverse/--no-inverse", help="Write the inverse field.")] = True,
     backend: Annotated[str, typer.Option("--backend", help="auto, openvino or ort-cpu.")] = "auto",
     precision: Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")] = "auto",
-    threads: Annotated[Optional[int], typer.Option("--threads", min=1, help="CPU threads.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
 ) -> None:
     """Register a case to an atlas and segment its tumour."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -13,26 +13,33 @@ from jrs.errors import UsageError
 def train(
     out: Annotated[Path, typer.Option("--out", help="Folder of the run: checkpoints, log, configuration.")],
     synthetic: Annotated[
-        Optional[Path], typer.Option("--synthetic", help="Folder of label maps (FreeSurfer numbers) to draw images from.")
+        Path | None,
+        typer.Option("--synthetic", help="Folder of label maps (FreeSurfer numbers) to draw images from."),
     ] = None,
     data: Annotated[
-        Optional[Path], typer.Option("--data", help="CSV or JSON manifest: case, one column a modality, seg.")
+        Path | None, typer.Option("--data", help="CSV or JSON manifest: case, one column a modality, seg.")
     ] = None,
     validation: Annotated[
-        Optional[Path], typer.Option("--validation", help="Held-out label maps or manifest (default: a share of the data).")
+        Path | None,
+        typer.Option("--validation", help="Held-out label maps or manifest (default: a share of the data)."),
     ] = None,
     config: Annotated[
-        Optional[str], typer.Option("--config", help="TOML file, or one of default, default-3mm, paper.")
+        str | None, typer.Option("--config", help="TOML file, or one of default, default-3mm, paper.")
     ] = None,
-    init: Annotated[Optional[Path], typer.Option("--init", help="Checkpoint whose weights to start from.")] = None,
+    init: Annotated[Path | None, typer.Option("--init", help="Checkpoint whose weights to start from.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out where it stopped.")] = False,
-    atlas: Annotated[str, typer.Option("--atlas", help="T1 atlas that label maps are aligned to and the grid is placed on.")] = "sri24",
-    epochs: Annotated[Optional[int], typer.Option("--epochs", help="At most so many epochs.")] = None,
-    steps_per_epoch: Annotated[Optional[int], typer.Option("--steps-per-epoch", help="0: one pass over the cases.")] = None,
-    batch_size: Annotated[Optional[int], typer.Option("--batch-size", help="Pairs a step.")] = None,
-    head: Annotated[Optional[str], typer.Option("--head", help="gradient (paper), potential or displacement.")] = None,
-    seed: Annotated[Optional[int], typer.Option("--seed", help="Of everything random.")] = None,
-    threads: Annotated[Optional[int], typer.Option("--threads", help="CPU threads.")] = None,
+    atlas: Annotated[
+        str,
+        typer.Option("--atlas", help="T1 atlas that label maps are aligned to and the grid is placed on."),
+    ] = "sri24",
+    epochs: Annotated[int | None, typer.Option("--epochs", help="At most so many epochs.")] = None,
+    steps_per_epoch: Annotated[
+        int | None, typer.Option("--steps-per-epoch", help="0: one pass over the cases.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Pairs a step.")] = None,
+    head: Annotated[str | None, typer.Option("--head", help="gradient (paper), potential or displacement.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of everything random.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads.")] = None,
 ) -> None:
     """Train the joint network on label maps (synthetic images) or on cases of a manifest."""
     if (synthetic is None) == (data is None):

@@ -116,7 +116,10 @@ def _with_two_stage_norms(module: nn.Module) -> nn.Module:
 
 
 def _convolve_in(module: nn.Module, precision: Precision) -> torch.dtype:
-    """Ready a module for tracing: convolutions in their precision; norms (written out) and a decoder's last convolution stay FP32."""
+    """Ready a module for tracing: convolutions in their precision, norms written out.
+
+    Norms and a decoder's last convolution stay FP32. Returns the type the module takes.
+    """
     _with_two_stage_norms(module)
     if precision == "fp32":
         return torch.float32

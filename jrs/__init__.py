@@ -1,9 +1,9 @@
 """jrs: concurrent brain MRI registration and tumour segmentation, deployed without PyTorch.
 
-    >>> from jrs import Pipeline                              # doctest: +SKIP
-    >>> with Pipeline.open() as pipeline:                     # doctest: +SKIP
-    ...     result = pipeline.infer("case.nii.gz", atlas="atlas.nii.gz")
-    >>> result.save("out/")                                   # doctest: +SKIP
+>>> from jrs import Pipeline                              # doctest: +SKIP
+>>> with Pipeline.open() as pipeline:                     # doctest: +SKIP
+...     result = pipeline.infer("case.nii.gz", atlas="atlas.nii.gz")
+>>> result.save("out/")                                   # doctest: +SKIP
 """
 
 from __future__ import annotations

@@ -65,15 +65,13 @@ def jacobian_determinant(field: DisplacementField, rows: int = 16) -> Array:
         # One plane more on either side, so that the differences at the seams are central too.
         low, high = max(0, start - 1), min(count, stop + 1)
         inner = slice(start - low, stop - low)
-        columns = [np.empty(0)] * 3
+        columns: list[Array] = []
         for axis in range(3):
             along = _differences(field.vectors_mm[:, low:high], axis + 1)[:, inner]
-            columns[axis] = along + linear[:, axis].astype(np.float32).reshape(3, 1, 1, 1)
+            columns.append(along + linear[:, axis].astype(np.float32).reshape(3, 1, 1, 1))
         a, b, c = columns
         out[start:stop] = (
-            a[0] * (b[1] * c[2] - b[2] * c[1])
-            - a[1] * (b[0] * c[2] - b[2] * c[0])
-            + a[2] * (b[0] * c[1] - b[1] * c[0])
+            a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0]) + a[2] * (b[0] * c[1] - b[1] * c[0])
         ) / np.float32(np.linalg.det(linear))
     return out
 

@@ -42,7 +42,8 @@ class Geometry:
     @cached_property
     def inverse(self) -> FloatArray:
         """The 4x4 matrix from RAS mm to voxel indices."""
-        return np.linalg.inv(self.affine)
+        inverse: FloatArray = np.linalg.inv(self.affine)
+        return inverse
 
     @property
     def spacing(self) -> tuple[float, float, float]:

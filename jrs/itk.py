@@ -17,15 +17,17 @@ from jrs.errors import BadDataError, MissingInputError
 from jrs.fields import DisplacementField
 from jrs.files import write_text
 from jrs.geometry import FloatArray, Geometry
-from jrs.writing import save_nifti
+from jrs.writing import rounded, save_nifti
 
 _FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def save_field(path: Path, field: DisplacementField) -> None:
-    """Write a displacement field that any ITK program applies: x -> x + d(x)."""
-    image = to_lps_array(field.vectors_mm)
-    save_nifti(path, image, field.geometry, intent="vector")
+    """Write a displacement field that any ITK program applies: x -> x + d(x).
+
+    Vectors are rounded to 2^-11 mm: a quarter of a micrometre of error, a third of the file and of the time.
+    """
+    save_nifti(path, rounded(to_lps_array(field.vectors_mm), 11), field.geometry, intent="vector")
 
 
 def to_lps_array(vectors_mm: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -227,7 +227,7 @@ def _mgh(path: Path, block: bytes) -> _Header:
     # nibabel replaces an orientation that is not valid by a default one: ask before it does.
     if not int.from_bytes(block[28:30], "big"):
         raise _bad(path, f"{_NO_CODE} (goodRASFlag is 0); set it with mri_convert --in_orientation")
-    header: Any = MGHHeader(block, check=False)  # type: ignore[no-untyped-call]
+    header: Any = MGHHeader(block, check=False)
     code = int(header["type"])
     if code not in mgh_types.value_set("code"):
         raise _bad(path, f"has the unknown MGH data type {code}; convert it with mri_convert -odt float")

@@ -16,7 +16,10 @@ _INTENTS = {"image": 0, "label": 1002, "vector": 1007}
 
 
 def save_nifti(
-    path: Path, data: npt.NDArray[Any], geometry: Geometry, intent: Literal["image", "label", "vector"] = "image"
+    path: Path,
+    data: npt.NDArray[Any],
+    geometry: Geometry,
+    intent: Literal["image", "label", "vector"] = "image",
 ) -> None:
     """Write ``data`` (X,Y,Z[,...]) with identical qform and sform, slope 1, millimetres.
 
@@ -36,3 +39,10 @@ def save_nifti(
         image.set_qform(None, code=0)
     with whole_file(path) as temporary:
         nib.save(image, temporary)
+
+
+def rounded(data: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float32]:
+    """Values rounded to multiples of 2^-bits: what lies below means nothing and does not compress."""
+    step = np.float32(2.0**-bits)
+    result: npt.NDArray[np.float32] = np.rint(data / step) * step
+    return result

@@ -45,7 +45,10 @@ def register_affine(
     """
     import SimpleITK as sitk
 
-    fixed_image, moving_image = _simpleitk_image(sitk, fixed, threads), _simpleitk_image(sitk, moving, threads)
+    fixed_image, moving_image = (
+        _simpleitk_image(sitk, fixed, threads),
+        _simpleitk_image(sitk, moving, threads),
+    )
     start = sitk.CenteredTransformInitializer(
         fixed_image,
         moving_image,
@@ -83,9 +86,7 @@ def _simpleitk_image(sitk: Any, volume: Volume, threads: int | None) -> Any:
     lower, upper = foreground_box(volume)
     lower, upper = lower - _MARGIN_MM, upper + _MARGIN_MM
     shape = np.maximum(8, np.ceil((upper - lower) / _SPACING_MM)).astype(int)
-    grid = Geometry.aligned(
-        (int(shape[0]), int(shape[1]), int(shape[2])), (_SPACING_MM,) * 3, (lower + upper) / 2.0
-    )
+    grid = Geometry.aligned((int(shape[0]), int(shape[1]), int(shape[2])), (_SPACING_MM,) * 3, (lower + upper) / 2.0)
     data = resample_affine(volume.data[None], volume.geometry, grid, threads=threads)[0]
     image = sitk.GetImageFromArray(np.maximum(data, 0.0).transpose(2, 1, 0))
     image.SetSpacing([_SPACING_MM] * 3)

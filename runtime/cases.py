@@ -122,28 +122,20 @@ def _named_case(path: Path | str | None, described: bool, modalities: Mapping[st
     return Case(_common_name(list(files.values())), _read(files))
 
 
-def _case_of_file(
-    path: Path, modality: str | None, channels: list[str] | None, default_channels: list[str]
-) -> Case:
+def _case_of_file(path: Path, modality: str | None, channels: list[str] | None, default_channels: list[str]) -> Case:
     count = count_channels(path)
     name = _common_name([path])
     if count == 1 and channels is None:
         return Case(name, _read({modality or _split_name(path.name)[1] or "t1": path}), path)
     if modality is not None:
-        raise UsageError(
-            f"{shown(path)}: file has {count} volumes, --modality is for a single one; use --channels"
-        )
+        raise UsageError(f"{shown(path)}: file has {count} volumes, --modality is for a single one; use --channels")
     names = default_channels if channels is None else channels
     if count != len(names):
         volumes = f"file has {count} volume{'s' if count > 1 else ''}"
         listed = f"{len(names)}: {','.join(names)}"
         if channels is None:
-            raise UsageError(
-                f"{shown(path)}: {volumes}, the default is {listed}; name its own with --channels"
-            )
-        raise UsageError(
-            f"{shown(path)}: {volumes}, --channels names {listed}; name one modality for each volume"
-        )
+            raise UsageError(f"{shown(path)}: {volumes}, the default is {listed}; name its own with --channels")
+        raise UsageError(f"{shown(path)}: {volumes}, --channels names {listed}; name one modality for each volume")
     volumes_by_name = dict(zip(names, read_channels(path), strict=True))
     return Case(name, _in_order(volumes_by_name), path)
 

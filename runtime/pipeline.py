@@ -244,7 +244,12 @@ class _Measured:
     """Everything that is sampled through the total transform, each image once."""
 
     def __init__(
-        self, moving: Case, fixed: FixedImage, transform: Transform, sampler: LabelSampler | None, threads: int | None
+        self,
+        moving: Case,
+        fixed: FixedImage,
+        transform: Transform,
+        sampler: LabelSampler | None,
+        threads: int | None,
     ) -> None:
         self.moving, self.transform, self.sampler, self.threads = moving, transform, sampler, threads
         self.fixed = next(iter(fixed.case.images.values()))
@@ -297,9 +302,7 @@ def _notes(case: Case, channels: Sequence[str]) -> list[str]:
     return notes
 
 
-def _jacobian_summary(
-    jacobian: Array, brain: Mask, labels: npt.NDArray[np.uint8] | None
-) -> dict[str, float | None]:
+def _jacobian_summary(jacobian: Array, brain: Mask, labels: npt.NDArray[np.uint8] | None) -> dict[str, float | None]:
     tumor = np.zeros(brain.shape, dtype=bool) if labels is None else labels > 0
     outside = brain & ~tumor
     return {
@@ -310,7 +313,11 @@ def _jacobian_summary(
 
 
 def _similarity(
-    moving: NetworkInput, fixed: NetworkInput, moved: Array, probabilities: Array | None, channels: Sequence[str]
+    moving: NetworkInput,
+    fixed: NetworkInput,
+    moved: Array,
+    probabilities: Array | None,
+    channels: Sequence[str],
 ) -> dict[str, Any] | None:
     """Correlation with the fixed image inside its brain and outside the tumour, after the affine and after all."""
     shared = [i for i in range(len(channels)) if moving.present[i] and fixed.present[i]]

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from jrs.fields import DisplacementField
 from jrs.geometry import FloatArray, Geometry, apply_affine
@@ -28,8 +28,7 @@ from jrs.volume import Volume, foreground_mask
 Array = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 Labels = npt.NDArray[np.uint8]
-Picture = npt.NDArray[np.uint8]
-"""Rows, columns, red/green/blue."""
+Picture = npt.NDArray[np.uint8]  # rows, columns, red/green/blue
 
 CLASSES: dict[str, tuple[tuple[int, ...], str]] = {
     "Necrotic and non-enhancing core": ((1,), "#f0e442"),
@@ -43,21 +42,15 @@ GRID_MM = 8
 """Distance between the lines of the deformed grid."""
 
 _VIRIDIS = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")
-_MISSING = "not computed"
 _REGIONS = {"WT": "Whole tumour", "TC": "Tumour core", "ET": "Enhancing tumour"}
-_PLANES = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}
-"""World axis along the columns, along the rows, and across."""
+_PLANES = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}  # world axes along columns and rows
 _ENDS = ("RL", "AP", "SI")  # first and last letter along each world axis as drawn
-_MARGIN_MM = 6.0
-_MAX_SIDE_MM = 320.0
+_MARGIN_MM, _MAX_SIDE_MM = 6.0, 320.0
 _THREADS = 1  # planes are too small for more
 
 
-# Planes and images ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
-class Plane:
+class _Plane:
     """A picture's pixels in the world: 1 mm apart, RAS coordinates falling along both columns and rows.
 
     ``origin_ras`` is the pixel in the upper left corner, ``axes`` the world axes along columns and rows.
@@ -76,7 +69,7 @@ class Plane:
         return affine_coords((self.width, self.height, 1), grid.inverse @ matrix)
 
     def displacement(self, field: DisplacementField, affine: FloatArray) -> Array:
-        """The non-linear part u(x) = A^-1 (x + d(x)) - x, mm, (3, rows, columns); repeated outside the grid."""
+        """The non-linear part u(x) = A^-1 (x + d(x)) - x, mm, (3, rows, columns); border repeated."""
         ends = np.array(field.geometry.shape, dtype=np.float32).reshape(3, 1, 1, 1) - 1.0
         coords = np.clip(self.coords(field.geometry), 0.0, ends)
         points = field.geometry.to_ras(np.moveaxis(coords, 0, -1))
@@ -86,39 +79,31 @@ class Plane:
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
-    """How an image is shown: window, box and centre from every few voxels, and the tumour's outline."""
+class _Look:
+    """How an image is shown: window, box and centre, from every few voxels, and the tumour's outlines."""
 
     volume: Volume
     labels: Labels | None
 
     @cached_property
-    def _foreground(self) -> tuple[npt.NDArray[Any], FloatArray]:
-        """Foreground values (n,) and their RAS mm (n,3); the whole grid's if there is no foreground."""
+    def foreground(self) -> tuple[npt.NDArray[Any], FloatArray]:
+        """Values (n,) and their RAS mm (n,3); the whole grid's if there is no foreground."""
         steps = [max(1, n // 80) for n in self.volume.data.shape]
         data = self.volume.data[tuple(slice(None, None, step) for step in steps)]
         mask = foreground_mask(data)
-        if not mask.any():
-            mask = np.ones(data.shape, dtype=bool)
+        mask |= not mask.any()
         return data[mask], self.volume.geometry.to_ras(np.argwhere(mask) * steps)
 
     @cached_property
     def window(self) -> tuple[float, float]:
         """1st and 99th percentile of the foreground."""
-        low, high = (float(v) for v in np.percentile(np.nan_to_num(self._foreground[0]), (1.0, 99.0)))
+        low, high = (float(v) for v in np.percentile(np.nan_to_num(self.foreground[0]), (1.0, 99.0)))
         return low, high if high > low else low + 1.0
 
-    @property
+    @cached_property
     def box(self) -> FloatArray:
         """Lowest and highest RAS mm of the foreground, (2,3)."""
-        points = self._foreground[1]
-        return np.stack([points.min(axis=0), points.max(axis=0)])
-
-    @property
-    def center(self) -> FloatArray:
-        """Centre of mass of the foreground, RAS mm."""
-        center: FloatArray = self._foreground[1].mean(axis=0)
-        return center
+        return np.stack([self.foreground[1].min(axis=0), self.foreground[1].max(axis=0)])
 
     @cached_property
     def tumor_center(self) -> FloatArray | None:
@@ -126,16 +111,15 @@ class Look:
         where = np.empty((0, 3)) if self.labels is None else np.argwhere(self.labels != 0)
         return self.volume.geometry.to_ras(where.mean(axis=0)) if where.size else None
 
-    def grey(self, plane: Plane) -> Array:
+    def grey(self, plane: _Plane) -> Array:
         """The image on a plane, (rows, columns), its window mapped to 0..1."""
-        values = sample(self.volume.data[None], plane.coords(self.volume.geometry), 0.0, _THREADS)[0, :, :, 0].T
-        low, high = self.window
-        grey: Array = np.clip((np.nan_to_num(values) - low) / (high - low), 0.0, 1.0).astype(np.float32)
+        coords, (low, high) = plane.coords(self.volume.geometry), self.window
+        values = np.nan_to_num(sample(self.volume.data[None], coords, 0.0, _THREADS)[0, :, :, 0].T)
+        grey: Array = np.clip((values - low) / (high - low), 0.0, 1.0).astype(np.float32)
         return grey
 
-    def outlined(self, plane: Plane, picture: Picture | None = None) -> Picture:
-        """The image on a plane, or ``picture``, with the outline of each tumour class."""
-        picture = _rgb_of(self.grey(plane)) if picture is None else picture
+    def outlined(self, plane: _Plane, picture: Picture) -> Picture:
+        """A picture of that plane with the outline of each tumour class."""
         if self.labels is not None:
             labels = sample_nearest(self.labels, plane.coords(self.volume.geometry))[:, :, 0].T
             for values, color in CLASSES.values():
@@ -143,46 +127,36 @@ class Look:
         return picture
 
 
-def _planes(point: FloatArray, box: FloatArray, size: FloatArray) -> dict[str, Plane]:
-    """The three planes through ``point``, centred on ``box``; ``size`` (3,) mm, all pictures of one height."""
-    height = int(max(size[1], size[2]))
-    planes = {}
-    for name, (across, down, _) in _PLANES.items():
-        origin, width = np.array(point, dtype=np.float64), int(size[across])
-        origin[across] = box[:, across].mean() + (width - 1) / 2.0
-        origin[down] = box[:, down].mean() + (height - 1) / 2.0
-        planes[name] = Plane(origin, (across, down), width, height)
-    return planes
-
-
 def _views(
-    looks: Mapping[str, Look], field: DisplacementField | None, affine: FloatArray
-) -> tuple[dict[str, Plane], dict[str, Plane], FloatArray, FloatArray]:
+    looks: Mapping[str, _Look], field: DisplacementField | None, affine: FloatArray
+) -> tuple[dict[str, _Plane], dict[str, _Plane], FloatArray, FloatArray]:
     """Planes on the case and on the atlas through corresponding points, and these points (RAS mm)."""
     case, atlas, moved = looks["case"], looks["atlas"], looks["moved"]
-    point = atlas.tumor_center
-    if point is None and case.tumor_center is not None:  # segmented, but nothing of it on the atlas
-        there, point = case.tumor_center, apply_affine(np.linalg.inv(affine), case.tumor_center)
+    point, there = atlas.tumor_center, case.tumor_center
+    if point is None and there is not None:  # segmented, but nothing of it on the atlas
+        point = apply_affine(np.linalg.inv(affine), there)
     else:
-        point = atlas.center if point is None else point
-        there = apply_affine(affine, point)
-        if field is not None:
-            spot = Plane(point, (0, 1), 1, 1).displacement(field, affine)[:, 0, 0]
-            there = apply_affine(affine, point + spot)
+        point = atlas.foreground[1].mean(axis=0) if point is None else point
+        u = 0.0 if field is None else _Plane(point, (0, 1), 1, 1).displacement(field, affine)[:, 0, 0]
+        there = apply_affine(affine, point + u)
     box = np.stack([np.minimum(atlas.box, moved.box)[0], np.maximum(atlas.box, moved.box)[1]])
     sides = np.maximum(np.ptp(box, axis=0), np.ptp(case.box, axis=0)) + 2.0 * _MARGIN_MM
     size = np.ceil(np.minimum(sides, _MAX_SIDE_MM)) + 1.0
-    return _planes(there, case.box, size), _planes(point, box, size), there, point
-
-
-# Pictures -------------------------------------------------------------------------------------------------
+    size = np.stack([size, np.full(3, max(size[1:]))])  # as wide as needed, all of one height
+    views: list[dict[str, _Plane]] = [{}, {}]
+    for planes, through, middle in zip(views, (there, point), (case.box.mean(0), box.mean(0)), strict=True):
+        for name, axes in _PLANES.items():
+            pixels, origin = size[[0, 1], axes], through.copy()
+            origin[list(axes)] = middle[list(axes)] + (pixels - 1.0) / 2.0
+            planes[name] = _Plane(origin, axes, int(pixels[0]), int(pixels[1]))
+    return views[0], views[1], there, point
 
 
 def _bytes_of(color: str) -> tuple[int, ...]:
     return tuple(bytes.fromhex(color[1:]))
 
 
-def _rgb_of(grey: Array) -> Picture:
+def _rgb(grey: Array) -> Picture:
     return np.repeat(np.rint(grey * 255.0).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
@@ -193,38 +167,32 @@ def _edge(mask: Mask) -> Mask:
     return edge
 
 
-def _grid_picture(plane: Plane, u: Array, grey: Array) -> Picture:
+def _closed(mask: Mask) -> Mask:
+    """A mask without its small holes."""
+    image = Image.fromarray(mask.astype(np.uint8))
+    return np.asarray(image.filter(ImageFilter.MaxFilter(11)).filter(ImageFilter.MinFilter(11))) > 0
+
+
+def _grid_picture(plane: _Plane, u: Array, grey: Array) -> Picture:
     """The image of a regular grid of lines under x -> x + u(x), in-plane, over the dimmed atlas."""
     fine = 4  # drawn this much larger, then averaged: smooth lines
     canvas = Image.new("L", (plane.width * fine, plane.height * fine))
-    draw = ImageDraw.Draw(canvas)
     rows, columns = np.mgrid[0 : plane.height, 0 : plane.width].astype(np.float32)
     # World coordinates fall along columns and rows, so a positive u moves a pixel back.
     moved = np.stack([columns - u[plane.axes[0]], rows - u[plane.axes[1]]], axis=-1) * fine + fine / 2.0
-    for turned, axis in enumerate(plane.axes):
-        lines = moved if turned else moved.transpose(1, 0, 2)
+    for axis, lines in zip(plane.axes, (moved.transpose(1, 0, 2), moved), strict=True):
         for line in lines[round(plane.origin_ras[axis]) % GRID_MM :: GRID_MM]:
-            draw.line(line.ravel().tolist(), fill=255, width=fine)
-    alpha = np.asarray(canvas.resize((plane.width, plane.height), Image.Resampling.BOX), dtype=np.float32) / 255.0
-    return _rgb_of(np.maximum(grey * 0.5, alpha * 0.9))
+            ImageDraw.Draw(canvas).line(line.ravel().tolist(), fill=255, width=fine)
+    lines = np.asarray(canvas.resize((plane.width, plane.height), Image.Resampling.BOX), dtype=np.float32)
+    return _rgb(np.maximum(grey * 0.5, lines * (0.9 / 255.0)))
 
 
-def _length_picture(u: Array, grey: Array, top_mm: float) -> Picture:
-    """|u| in colours from 0 to ``top_mm``, where the atlas has foreground."""
+def _length_picture(u: Array, inside: Mask, top_mm: float) -> Picture:
+    """|u| in colours from 0 to ``top_mm``, black outside."""
     anchors = np.array([_bytes_of(color) for color in _VIRIDIS], dtype=np.float64)
     at = np.clip(np.linalg.norm(u, axis=0) / top_mm, 0.0, 1.0) * (len(anchors) - 1)
-    colors = np.stack([np.interp(at, np.arange(len(anchors)), channel) for channel in anchors.T], axis=-1)
-    colors[grey <= 0.0] = 0.0
-    return np.rint(colors).astype(np.uint8)
-
-
-def _round_up(value: float) -> float:
-    """The next round number (1, 1.5, 2, 3, 4, 5, 6, 8 times a power of ten), 1 at least."""
-    power = 10.0 ** math.floor(math.log10(max(value, 1.0)))
-    return next(power * step for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if power * step >= value - 1e-6)
-
-
-# Words, numbers, tables -----------------------------------------------------------------------------------
+    colors = [np.interp(at, np.arange(len(anchors)), channel) * inside for channel in anchors.T]
+    return np.rint(np.stack(colors, axis=-1)).astype(np.uint8)
 
 
 def _get(report: Any, *keys: str) -> Any:
@@ -233,12 +201,11 @@ def _get(report: Any, *keys: str) -> Any:
     return report
 
 
-def _number(value: Any, digits: int = 3, ending: str = "") -> str:
-    """A value as HTML: numbers rounded, all else escaped, what is missing said in words."""
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return escape(f"{value:.{digits}f}{ending}" if isinstance(value, float) else f"{value}{ending}")
-    missing = value is None or value == "" or isinstance(value, float)
-    return f'<span class="na">{_MISSING}</span>' if missing else escape(str(value))
+def _html(value: Any, digits: int = 3, ending: str = "") -> str:
+    """A value as HTML: floats rounded, text escaped, what is missing said in words."""
+    if value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
+        return '<span class="na">not computed</span>'
+    return escape(f"{value:.{digits}f}" if isinstance(value, float) else str(value)) + ending
 
 
 def _percent(part: Any, whole: Any) -> float | None:
@@ -248,30 +215,26 @@ def _percent(part: Any, whole: Any) -> float | None:
 
 def _table(rows: Iterable[Iterable[str]], header: Iterable[str] = (), kind: str = "words") -> str:
     """Rows of cells that are HTML already; the first cell of each names the row."""
-    lines = []
-    for first, *others in rows:
-        lines.append(f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others) + "</tr>")
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
     top = f"<thead><tr>{head}</tr></thead>" if head else ""
-    return f'<table class="{kind}">{top}<tbody>{"".join(lines)}</tbody></table>' if lines else f"<p>{_number(None)}</p>"
+    return f'<table class="{kind}">{top}<tbody>{lines}</tbody></table>' if lines else _html(None)
 
 
-def _card(title: str, body: str) -> str:
-    return f'<div class="card"><h3>{title}</h3>{body}</div>'
-
-
-# The page -------------------------------------------------------------------------------------------------
+def _pairs(values: Any) -> str:
+    items = values.items() if isinstance(values, Mapping) else ()
+    return _table((escape(str(key)), _html(value)) for key, value in items)
 
 
 def _verdict(kept: float | None, native_ml: Any) -> tuple[str, str]:
     """The answer in words and its colour, from the percentage that the deformation alone keeps."""
     if kept is None:
-        return "No tumour was segmented." if native_ml == 0 else f"{_MISSING.capitalize()}: no segmentation.", "open"
+        return ("No tumour was segmented." if native_ml == 0 else "Not computed: no segmentation."), "open"
     if kept < KEPT_PERCENT:
         return f"Yes: the deformation took {100.0 - kept:.1f} % of the whole tumour’s volume.", "bad"
     if kept > 10_000.0 / KEPT_PERCENT:
         return f"No: the deformation enlarged the whole tumour by {kept - 100.0:.1f} %.", "bad"
-    return f"No: the deformation left the whole tumour {kept:.1f} % of its volume.", "good"
+    return f"No: the deformation kept the whole tumour at {kept:.1f} % of its volume.", "good"
 
 
 def _answer(report: Mapping[str, Any], affine: FloatArray) -> str:
@@ -280,38 +243,30 @@ def _answer(report: Mapping[str, Any], affine: FloatArray) -> str:
     for region, name in _REGIONS.items():
         native, moved = (_get(report, "volumes_ml", where, region) for where in ("native", "moved"))
         ratio = _percent(moved, native)
-        kept[region] = None if ratio is None else ratio * scale
-        cells = (_number(native, 2), _number(moved, 2), _number(ratio, 1, " %"), _number(kept[region], 1, " %"))
+        kept[region] = alone = None if ratio is None else ratio * scale
+        cells = _html(native, 2), _html(moved, 2), _html(ratio, 1, " %"), _html(alone, 1, " %")
         rows.append((f"{name} <small>{region}</small>", *cells))
     sentence, color = _verdict(kept["WT"], _get(report, "volumes_ml", "native", "WT"))
     header = ("Region", "Case, ml", "On the atlas, ml", "Ratio", "Deformation alone")
-    name = _get(report, "similarity", "modality")
-    before, after = (_number(_get(report, "similarity", key)) for key in ("before", "after"))
+    before, after = (_html(_get(report, "similarity", key)) for key in ("before", "after"))
     facts = {
-        "Folding, share of the brain": _number(_get(report, "jacobian", "folding_percent"), 3, " %"),
-        "Mean Jacobian inside the tumour": _number(_get(report, "jacobian", "inside_tumor")),
-        "Mean Jacobian outside the tumour": _number(_get(report, "jacobian", "outside_tumor")),
-        f"Correlation with the atlas{f' ({escape(str(name))})' if name else ''}": f"{before} → {after}",
+        "Folding, share of the brain": _html(_get(report, "jacobian", "folding_percent"), 3, " %"),
+        "Mean Jacobian inside the tumour": _html(_get(report, "jacobian", "inside_tumor")),
+        "Mean Jacobian outside the tumour": _html(_get(report, "jacobian", "outside_tumor")),
+        f"Correlation, {_html(_get(report, 'similarity', 'modality'))}": f"{before} → {after}",
     }
     return (
         f'<section><h2>Did registration shrink the tumour?</h2><p class="verdict {color}">{sentence}</p>'
-        f'{_table(rows, header, "numbers")}<p class="note">The affine alone, which fits the head to the atlas’s '
-        f"size, brings every volume to {100.0 / scale:.1f} %; the last column has this divided out, and below "
-        f'{KEPT_PERCENT:g} % there counts as shrinking.</p><dl class="facts">'
+        f'{_table(rows, header, "numbers")}<p class="note">The affine alone, which fits the head to the '
+        f"atlas’s size, brings every volume to {100.0 / scale:.1f} %; the last column has this divided out, "
+        f'and below {KEPT_PERCENT:g} % there counts as shrinking.</p><dl class="cards facts">'
         + "".join(f"<div><dt>{fact}</dt><dd>{value}</dd></div>" for fact, value in facts.items())
-        + '</dl><p class="note">Jacobian determinants are of the whole transform, atlas to case: the affine alone '
-        f"has {scale:.3f}; above it, tissue takes up less room on the atlas.</p></section>"
+        + '</dl><p class="note">Jacobian determinants are of the whole transform, atlas to case: the affine '
+        f"alone has {scale:.3f}; above it, tissue takes up less room on the atlas.</p></section>"
     )
 
 
-def _warnings(report: Mapping[str, Any]) -> str:
-    warnings = report.get("warnings") or ()
-    items = [warnings] if isinstance(warnings, str) else list(warnings)
-    lines = "".join(f"<li>{escape(str(item))}</li>" for item in items)
-    return f'<section class="warnings" role="alert"><h2>Warnings</h2><ul>{lines}</ul></section>' if items else ""
-
-
-def _pane(picture: Picture, plane: Plane, alt: str, key: str) -> str:
+def _pane(picture: Picture, plane: _Plane, alt: str, key: str) -> str:
     """One picture with its direction letters; ``data-origin`` is the upper left pixel in RAS mm."""
     png = io.BytesIO()
     Image.fromarray(picture).save(png, "PNG")
@@ -325,80 +280,83 @@ def _pane(picture: Picture, plane: Plane, alt: str, key: str) -> str:
     )
 
 
-def _row(key: str, title: str, words: str, pictures: Mapping[str, Picture] | None, planes: Mapping[str, Plane]) -> str:
-    panes = f'<p class="absent">{_number(None)}</p>'
-    if pictures is not None:
-        panes = "".join(_pane(pictures[n], planes[n], f"{title}, {n} plane", f"{key}-{n}") for n in _PLANES)
-    return f'<div class="row"><div><h3>{title}</h3>{words}</div>{panes}</div>'
-
-
-def _pictures(looks: Mapping[str, Look], field: DisplacementField | None, affine: FloatArray, modality: str) -> str:
+def _pictures(
+    looks: Mapping[str, _Look], field: DisplacementField | None, affine: FloatArray, modality: str
+) -> str:
     away, here, there, point = _views(looks, field, affine)
-    fixed, moved = ({n: looks[k].grey(plane) for n, plane in here.items()} for k in ("atlas", "moved"))
-    shown, at = escape(modality.upper()), "at ({:.0f}, {:.0f}, {:.0f}) mm"
-    blends = {n: np.dstack([_rgb_of(fixed[n])[..., :1], _rgb_of(moved[n])[..., 1:]]) for n in here}
-    grids = lengths = None
-    ramp = ""
+    planes = {"case": away, "atlas": here, "moved": here}
+    grey = {key: {n: looks[key].grey(plane) for n, plane in planes[key].items()} for key in planes}
+    pictures: dict[str, dict[str, Picture]] = {
+        key: {n: looks[key].outlined(plane, _rgb(grey[key][n])) for n, plane in planes[key].items()}
+        for key in planes
+    }
+    fixed, moved, ramp = grey["atlas"], grey["moved"], ""
+    pictures["blend"] = {n: np.dstack([_rgb(fixed[n])[..., :1], _rgb(moved[n])[..., 1:]]) for n in here}
     if field is not None:
         u = {n: plane.displacement(field, affine) for n, plane in here.items()}
-        most = max(float(np.linalg.norm(u[n], axis=0).max(initial=0.0, where=fixed[n] > 0.0)) for n in here)
-        top = _round_up(most)
-        grids = {n: looks["atlas"].outlined(here[n], _grid_picture(here[n], u[n], fixed[n])) for n in here}
-        lengths = {n: _length_picture(u[n], fixed[n], top) for n in here}
+        inside = {n: _closed(fixed[n] > 0.0) for n in here}
+        most = max(float(np.linalg.norm(u[n], axis=0).max(initial=0.0, where=inside[n])) for n in here)
+        top = max(1, math.ceil(most))
+        grids = {n: _grid_picture(plane, u[n], fixed[n]) for n, plane in here.items()}
+        pictures["grid"] = {n: looks["atlas"].outlined(plane, grids[n]) for n, plane in here.items()}
+        pictures["length"] = {n: _length_picture(u[n], inside[n], top) for n in here}
         ramp = (
-            f'<div class="ramp" style="background:linear-gradient(to right,{",".join(_VIRIDIS)})"></div>'
-            f'<div class="ticks"><span>0</span><span>{top / 2:g}</span><span>{top:g} mm</span></div>'
-            f"<p>At most {most:.1f} mm in these planes.</p>"
+            f'</p><div class="ramp" style="background:linear-gradient(to right,{",".join(_VIRIDIS)})"></div>'
+            f'<div class="ticks"><span>0</span><span>{top / 2:g}</span><span>{top} mm</span></div>'
+            f"<p>At most {most:.1f} mm in these planes."
         )
-    rows = (
-        _row("case", "Case", f"<p>{shown}, {at.format(*there)}.</p>",
-             {n: looks["case"].outlined(plane) for n, plane in away.items()}, away),
-        _row("atlas", "Atlas", f"<p>{at.format(*point).capitalize()}, with the moved outline.</p>",
-             {n: looks["atlas"].outlined(here[n], _rgb_of(fixed[n])) for n in here}, here),
-        _row("moved", "Moved case", f"<p>{shown} on the atlas’s grid.</p>",
-             {n: looks["moved"].outlined(here[n], _rgb_of(moved[n])) for n in here}, here),
-        _row("grid", "Deformed grid", f"<p>Lines every {GRID_MM} mm, moved by the deformation; no affine.</p>", grids, here),
-        _row("blend", "Overlay", "<p>Atlas red, moved case cyan; grey where both are equally bright.</p>", blends, here),
-        _row("length", "Displacement", f"<p>Length of the deformation; no affine.</p>{ramp}", lengths, here),
-    )  # fmt: skip
-    legend = "".join(f'<li><i style="background:{color}"></i>{name}</li>' for name, (_, color) in CLASSES.items())
+    shown, at = escape(modality.upper()), "({:.0f}, {:.0f}, {:.0f}) mm"
+    captions = {
+        "case": ("Case", f"{shown} as read, planes through {at.format(*there)}."),
+        "atlas": ("Atlas", f"Planes through {at.format(*point)}; the tumour moved here."),
+        "moved": ("Moved case", f"{shown} and tumour on the atlas."),
+        "grid": ("Deformed grid", f"Lines every {GRID_MM} mm, moved by the deformation without the affine."),
+        "blend": ("Overlay", "Atlas red, moved case cyan; grey where both are equally bright."),
+        "length": ("Displacement", f"Length of the deformation without the affine.{ramp}"),
+    }
+    rows = ""
+    for key, (title, words) in captions.items():
+        panes = f'<p class="absent">{_html(None)}</p>'
+        if key in pictures:
+            of = planes.get(key, here).items()
+            panes = "".join(_pane(pictures[key][n], p, f"{title}, {n} plane", f"{key}-{n}") for n, p in of)
+        rows += f'<div class="row"><div><h3>{title}</h3><p>{words}</p></div>{panes}</div>'
+    legend = "".join(f'<li><i style="background:{c}"></i>{name}</li>' for name, (_, c) in CLASSES.items())
     columns = " ".join(f"minmax(0,{plane.width}fr)" for plane in here.values())
-    heads = "".join(f"<span>{name.capitalize()}</span>" for name in here)
     return (
-        f'<section><h2>Pictures</h2><p class="note">World axes, radiological convention: the patient’s left is on '
-        f'the right. All at one scale.</p><ul class="legend">{legend}</ul><div style="--columns:{columns}">'
-        f'<div class="row heads"><span></span>{heads}</div>{"".join(rows)}</div></section>'
+        '<section><h2>Pictures</h2><p class="note">World axes, one scale, radiological convention: the patient’s '
+        f'left is on the right.</p><ul class="legend">{legend}</ul><div style="--columns:{columns}"><div class='
+        f'"row heads"><i></i>{"".join(f"<b>{n.capitalize()}</b>" for n in here)}</div>{rows}</div></section>'
     )
-
-
-def _timings(timings: Any) -> str:
-    stages = {k: v for k, v in timings.items() if k != "total"} if isinstance(timings, Mapping) else {}
-    longest = max((v for v in stages.values() if _percent(v, 1.0) is not None), default=0.0)
-    bar = '<div class="bar" style="width:{:.1f}%"></div>'
-    rows = [(escape(str(k)), _number(v, 2, " s"), bar.format(_percent(v, longest) or 0.0)) for k, v in stages.items()]
-    return _table([*rows, ("total", _number(_get(timings, "total"), 2, " s"), "")], kind="words bars")
 
 
 def _details(report: Mapping[str, Any], affine: FloatArray) -> str:
-    def pairs(*keys: str) -> list[tuple[str, str]]:
-        values = _get(report, *keys)
-        return [(escape(str(k)), _number(v)) for k, v in values.items()] if isinstance(values, Mapping) else []
-
-    modalities = report.get("modalities")
-    listed = ", ".join(map(str, modalities)) if isinstance(modalities, (list, tuple)) else modalities
-    engine = [(k.capitalize(), _number(_get(report, "engine", k))) for k in ("backend", "device", "precision")]
-    bundle = [(f"Bundle {k}", _number(_get(report, "bundle", k))) for k in ("name", "sha256")]
-    matrix = _table([[f"{v:.4f}" for v in row] for row in affine.tolist()], kind="numbers")
-    return (
-        '<section><h2>How it was made</h2><div class="cards">'
-        + _card("Engine", _table([*engine, *bundle, ("Modalities", _number(listed))]))
-        + _card("Time", _timings(report.get("timings_s")))
-        + _card("Affine, atlas point to case point, RAS mm", matrix)
-        + _card("Versions", _table(pairs("versions")))
-        + _card("Files", _table(pairs("outputs")))
-        + _card("Warnings", "<p>See above.</p>" if report.get("warnings") else "<p>None.</p>")
-        + "</div></section>"
+    stages, modalities = _get(report, "timings_s"), _get(report, "modalities")
+    if isinstance(modalities, (list, tuple)):
+        modalities = ", ".join(map(str, modalities))
+    made = {
+        **{key.capitalize(): _get(report, "engine", key) for key in ("backend", "device", "precision")},
+        **{f"Bundle {key}": _get(report, "bundle", key) for key in ("name", "sha256")},
+        "Modalities": modalities,
+        "Warnings": "see above" if report.get("warnings") else "none" if "warnings" in report else None,
+    }
+    times = {k: _percent(v, 1.0) for k, v in stages.items()} if isinstance(stages, Mapping) else {}
+    longest = max((v for k, v in times.items() if v is not None and k != "total"), default=0.0)
+    bars = (
+        (escape(str(k)), _html(stages[k], 2, " s"), f'<div style="width:{_percent(v, longest) or 0.0:.1f}%"></div>')
+        for k, v in sorted(times.items(), key=lambda item: item[0] == "total")
     )
+    cards = {
+        "Engine": _pairs(made),
+        "Time": _table(bars, kind="words bars"),
+        "Affine, atlas point to case point, RAS mm": _table(
+            [[f"{v:.4f}" for v in row] for row in affine.tolist()], kind="matrix"
+        ),
+        "Versions": _pairs(report.get("versions")),
+        "Files": _pairs(report.get("outputs")),
+    }
+    body = "".join(f"<div><h3>{title}</h3>{table}</div>" for title, table in cards.items())
+    return f'<section><h2>How it was made</h2><div class="cards">{body}</div></section>'
 
 
 def html_report(
@@ -414,66 +372,60 @@ def html_report(
 ) -> str:
     """The page about one case, as HTML that needs nothing else.
 
-    ``report`` is the content of ``<case>_report.json``. ``native`` is the case's ``modality`` with
-    ``native_labels`` (BraTS: 1, 2, and 3 or 4) on its own grid; ``moved`` and ``moved_labels`` lie on the grid
-    of ``fixed``. ``field`` is the total displacement d(x) = A(x + u(x)) - x, RAS mm, and ``affine`` is A (4x4).
+    ``report`` is the content of ``<case>_report.json``. ``native`` is the case's ``modality`` with its
+    ``native_labels`` (BraTS: 1, 2, and 3 or 4); ``moved`` and ``moved_labels`` lie on the grid of ``fixed``.
+    ``field`` is the total displacement d(x) = A(x + u(x)) - x, RAS mm, and ``affine`` is A (4x4).
     """
-    matrix = np.asarray(affine, dtype=np.float64)
-    case, atlas = _number(report.get("case")), _number(report.get("atlas"))
+    affine = np.asarray(affine, dtype=np.float64)
+    title = " on ".join(_html(report.get(key)) for key in ("case", "atlas"))
     looks = {
-        "case": Look(native, native_labels),
-        "atlas": Look(fixed, moved_labels),
-        "moved": Look(Volume(moved, fixed.geometry), moved_labels),
+        "case": _Look(native, native_labels),
+        "atlas": _Look(fixed, moved_labels),
+        "moved": _Look(Volume(moved, fixed.geometry), moved_labels),
     }
+    found = report.get("warnings") or ()
+    items = "".join(f"<li>{escape(str(w))}</li>" for w in (found if isinstance(found, (list, tuple)) else [found]))
+    warnings = f'<section class="warnings"><h2>Warnings</h2><ul>{items}</ul></section>' if items else ""
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; "
-        "style-src 'unsafe-inline'\">"
-        f"<title>{escape(str(report.get('case') or 'Case'))}: jrs report</title><style>{_STYLE}</style></head><body>"
-        f"<header><p>Registration and tumour segmentation</p><h1>{case} <small>on</small> {atlas}</h1></header><main>"
-        f"{_answer(report, matrix)}{_warnings(report)}{_pictures(looks, field, matrix, modality)}"
-        f"{_details(report, matrix)}</main><footer>Made by jrs. Not a medical device: for research use only, not for "
-        "diagnosis or treatment.</footer></body></html>\n"
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width='
+        'device-width,initial-scale=1"><meta http-equiv="Content-Security-Policy" content="default-src '
+        "'none'; img-src data:; style-src 'unsafe-inline'\"><title>"
+        f"{escape(str(report.get('case') or 'Case'))}: jrs report</title><style>{_STYLE}</style></head><body>"
+        f"<header><p>Registration and tumour segmentation</p><h1>{title}</h1></header><main>"
+        f"{_answer(report, affine)}{warnings}{_pictures(looks, field, affine, modality)}"
+        f"{_details(report, affine)}</main><footer>Made by jrs. Not a medical device: for research use only, "
+        "not for diagnosis or treatment.</footer></body></html>\n"
     )
 
 
 _STYLE = """
 :root{color-scheme:light;--page:#f5f6f8;--card:#fff;--text:#1b2330;--soft:#5b6675;--line:#dde2e9;--main:#1f5fa8;
 --good:#0b7a5c;--bad:#b3450b;--warn:#fff4dc}
-@media screen and (prefers-color-scheme:dark){:root{color-scheme:dark;--page:#12161c;--card:#1b212a;--text:#e6eaf0;
---soft:#9aa6b5;--line:#313a46;--main:#7fb2ee;--good:#4cc9a2;--bad:#f0945c;--warn:#3a2e12}}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:24px;max-width:1180px;background:var(--page);color:var(--text);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;-webkit-print-color-adjust:exact;
-print-color-adjust:exact}
-h1{margin:0;font-size:26px;overflow-wrap:anywhere}h2{margin:0 0 12px;font-size:18px}h3{margin:0 0 4px;font-size:15px}
-header p,footer,small,.note,.na,.row p,dt{color:var(--soft)}header p{margin:0}small{font-weight:400}
+@media screen and (prefers-color-scheme:dark){:root{color-scheme:dark;--page:#12161c;--card:#1b212a;
+--text:#e6eaf0;--soft:#9aa6b5;--line:#313a46;--main:#7fb2ee;--good:#4cc9a2;--bad:#f0945c;--warn:#3a2e12}}
+*{box-sizing:border-box}body{margin:0 auto;padding:24px;max-width:1180px;background:var(--page);
+color:var(--text);font:15px/1.5 system-ui,"Segoe UI",Roboto,sans-serif;print-color-adjust:exact}
+h1,h2,h3,p,ul,dl,dd{margin:0}h1{font-size:26px;overflow-wrap:anywhere}h2{font-size:18px;margin-bottom:12px}
+h3{font-size:15px}header p,footer,small,.note,.na,.row p,dt,th{color:var(--soft)}.note,dt,th,.row p,.ticks,
+footer{font-size:13px}.na{font-style:italic;font-weight:400}dd,.verdict{font-size:19px;font-weight:600}
 section{margin:20px 0;padding:20px;background:var(--card);border:1px solid var(--line);border-radius:8px}
-.verdict{margin:0 0 16px;padding:10px 14px;border-left:5px solid var(--soft);font-size:19px;font-weight:600}
-.good{border-color:var(--good);color:var(--good)}.bad{border-color:var(--bad);color:var(--bad)}
-.warnings{background:var(--warn);border:2px solid var(--bad)}.warnings ul{margin:0;padding-left:20px}
-table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:5px 8px;border-bottom:1px solid var(--line);text-align:left;font-weight:400;vertical-align:top}
-thead th{color:var(--soft);font-size:13px}tr:last-child>*{border-bottom:0}thead tr>*{border-bottom:1px solid var(--line)}
-.numbers td,.numbers thead th+th{text-align:right}.words td{overflow-wrap:anywhere}.words th{white-space:nowrap}
-.note{margin:10px 0;font-size:13px}.na{font-style:italic}dl{margin:0}dd{margin:0;font-size:19px;font-weight:600}
-.facts,.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:12px 24px}dt{font-size:13px}
-.cards{grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:24px 32px}
+.verdict{padding:10px 14px;margin-bottom:16px;border-left:5px solid}.good{color:var(--good)}.bad{color:var(--bad)}
+.warnings{background:var(--warn);border:2px solid var(--bad)}.note{margin:10px 0}footer{text-align:center}
+table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:5px 8px;text-align:right;
+border-top:1px solid var(--line);font-weight:400;vertical-align:top}th{border:0}.words td,.numbers
+tr>:first-child{text-align:left}.words td+td{overflow-wrap:anywhere}.words td:first-child{white-space:nowrap}
+.bars td:last-child{width:45%;vertical-align:middle}.bars div{height:10px;border-radius:2px;background:var(--main)}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:24px 32px}
+.facts{grid-template-columns:repeat(auto-fit,minmax(210px,1fr))}.legend{padding:0;margin-bottom:12px}.legend li{
+display:inline-block;margin-right:20px}.legend i{display:inline-block;width:12px;height:12px;margin-right:7px}
 .row{display:grid;grid-template-columns:150px var(--columns);gap:6px;margin-bottom:6px;break-inside:avoid}
-.row p{margin:0 0 6px;font-size:13px}.heads{text-align:center;font-weight:600}.row .absent{grid-column:2/-1}
-.pane{position:relative;overflow:hidden;border-radius:4px;background:#000}.pane img{display:block;width:100%;height:auto}
-.pane b,.pane i{position:absolute;color:#fff;font:600 12px/1 system-ui,sans-serif;text-shadow:0 0 3px #000,0 0 3px #000}
-.w{left:5px;top:calc(50% - 6px)}.e{right:5px;top:calc(50% - 6px)}.n{top:5px;left:calc(50% - 4px)}.s{bottom:5px;left:calc(50% - 4px)}
-.pane i{left:8px;bottom:6px;padding-bottom:3px;border-bottom:2px solid;font-weight:400;font-size:10px;display:none}
-.row:nth-child(2) .pane i{display:block}
-.legend{display:flex;flex-wrap:wrap;gap:4px 20px;margin:0 0 12px;padding:0;list-style:none}
-.legend i{display:inline-block;width:12px;height:12px;margin-right:7px;border-radius:2px}
-.ramp{height:12px;border-radius:2px}.ticks{display:flex;justify-content:space-between;font-size:12px}
-.bars td:last-child{width:45%;vertical-align:middle}.bar{height:10px;min-width:1px;border-radius:2px;background:var(--main)}
-footer{font-size:13px;text-align:center}
-@media (max-width:760px){body{padding:12px}.row{grid-template-columns:var(--columns)}.row>:first-child{grid-column:1/-1}
-.row .absent{grid-column:1/-1}}
-@media print{@page{margin:12mm}body{padding:0;max-width:none;background:#fff;font-size:12px}
-section{border:0;padding:0}.warnings{padding:10px;border:2px solid}.row{grid-template-columns:110px var(--columns)}}
+.row p{padding-bottom:6px}.row .absent{grid-column:2/-1}.heads{text-align:center}.pane img{width:100%;height:auto;
+display:block}.pane{position:relative;overflow:hidden;border-radius:4px}.pane>:not(img){position:absolute;
+color:#fff;font:600 12px/1 sans-serif;text-shadow:0 0 2px #000,0 0 4px #000}.w,.e{top:calc(50% - 6px)}.n,.s{
+left:calc(50% - 4px)}.w{left:5px}.e{right:5px}.n{top:5px}.s{bottom:5px}.pane>i:last-child{left:8px;bottom:6px;
+padding-bottom:3px;border-bottom:2px solid;font:10px sans-serif}.row:nth-child(n+3) .pane>i{display:none}
+.ramp{height:12px}.ticks{display:flex;justify-content:space-between}@media (max-width:760px){body{padding:12px}
+.row{grid-template-columns:var(--columns)}.row>:first-child,.row .absent{grid-column:1/-1}}
+@media print{@page{margin:12mm}body{padding:0;max-width:none;background:#fff;font-size:12px}section{border:0;
+padding:0}.warnings{padding:10px;border:2px solid}.row{grid-template-columns:110px var(--columns)}}
 """

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from jrs.runtime.engines import EngineInfo
 from jrs.runtime.names import OutputNames
 from jrs.runtime.transform import Transform
 from jrs.volume import Volume
-from jrs.writing import save_nifti
+from jrs.writing import rounded, save_nifti
 
 Array = npt.NDArray[np.float32]
 
@@ -60,12 +61,12 @@ class Result:
     inverse_field: DisplacementField | None = None
     labels_native: npt.NDArray[np.uint8] | None = None
     labels_moved: npt.NDArray[np.uint8] | None = None
-    label_values: Mapping[str, int] = field(default_factory=dict)
+    label_values: Mapping[str, int] = dataclasses.field(default_factory=dict)
     volumes_ml: Mapping[str, Mapping[str, float]] | None = None
-    jacobian_summary: Mapping[str, float | None] = field(default_factory=dict)
+    jacobian_summary: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
     similarity: Mapping[str, Any] | None = None
     affine_quality: Mapping[str, Any] | None = None
-    timings_s: Mapping[str, float] = field(default_factory=dict)
+    timings_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     @property
@@ -110,7 +111,9 @@ class Result:
             "atlas": self.atlas,
             "bundle": dict(self.bundle),
             "engine": {
-                "backend": self.engine.backend, "device": self.engine.device, "precision": self.engine.precision
+                "backend": self.engine.backend,
+                "device": self.engine.device,
+                "precision": self.engine.precision,
             },
             "modalities": list(self.case.images),
             "label_values": dict(self.label_values),
@@ -145,7 +148,7 @@ class Result:
             jobs: list[Callable[[], None]] = [
                 lambda: save_field(temporary / files["field"], self.field),
                 *([self._writer_of_inverse(temporary)] if self.inverse_field is not None else []),
-                lambda: save_nifti(temporary / files["jacobian"], self.jacobian, self.fixed.geometry),
+                lambda: save_nifti(temporary / files["jacobian"], rounded(self.jacobian, 12), self.fixed.geometry),
                 *(self._writer_of(temporary, modality) for modality in self.moved),
             ]
             if self.labels_native is not None and self.labels_moved is not None:

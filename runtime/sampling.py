@@ -54,7 +54,8 @@ def sample_nearest(data: npt.NDArray[Any], coords: Array, outside: int = 0) -> n
     for axis, n in enumerate(data.shape):
         inside &= (coords[axis] >= -0.5) & (coords[axis] <= n - 0.5)
         index.append(np.clip(np.rint(coords[axis]), 0, n - 1).astype(np.intp))
-    return np.where(inside, data[tuple(index)], data.dtype.type(outside))
+    values: npt.NDArray[Any] = np.where(inside, data[tuple(index)], data.dtype.type(outside))
+    return values
 
 
 def affine_coords(shape: Shape, matrix: FloatArray, start: int = 0, stop: int | None = None) -> Array:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
 from torch import Tensor
 
 from jrs.errors import ConfigurationError, MissingInputError
@@ -56,7 +55,11 @@ class Checkpoint:
 
         tensors = {_MODEL + name: value.detach().cpu().contiguous() for name, value in self.weights.items()}
         tensors |= {_OPTIMIZER + name: value.detach().cpu().contiguous() for name, value in self.optimizer.items()}
-        header = {"format_version": FORMAT_VERSION, "spec": encode(self.spec), "training": encode(self.training)}
+        header = {
+            "format_version": FORMAT_VERSION,
+            "spec": encode(self.spec),
+            "training": encode(self.training),
+        }
         with whole_file(path) as temporary:
             save_file(tensors, temporary, metadata={"jrs": json.dumps(header)})
 
@@ -102,5 +105,3 @@ def find_checkpoint(path: Path) -> Path:
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-
-

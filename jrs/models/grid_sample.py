@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # Values of torch's enumerations for grid_sampler: bilinear, border.
 _LINEAR, _BORDER = 0, 1
 
@@ -37,7 +36,8 @@ def grid_sample_3d(volume: Tensor, coords: Tensor) -> Tensor:
     """
     sampled = torch.ops.aten.grid_sampler_3d(volume, _torch_grid(coords, volume), _LINEAR, _BORDER, True)
     # An operator has to return memory of its declared layout.
-    return sampled.contiguous()
+    fresh: Tensor = sampled.contiguous()
+    return fresh
 
 
 @grid_sample_3d.register_fake

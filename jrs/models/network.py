@@ -108,9 +108,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = architecture.widths
         self.ups = nn.ModuleList(
-            nn.ConvTranspose3d(
-                code_widths[-1] if k == LEVELS - 2 else widths[k + 1], widths[k], 2, stride=2
-            )
+            nn.ConvTranspose3d(code_widths[-1] if k == LEVELS - 2 else widths[k + 1], widths[k], 2, stride=2)
             for k in range(LEVELS - 1)
         )
         self.levels = nn.ModuleList(
@@ -139,9 +137,7 @@ class JointNet(nn.Module):
         widths = self.architecture.widths
         self.encoder = Encoder(self.architecture)
         self.segmentation = (
-            Decoder(self.architecture, widths, self.architecture.num_labels)
-            if self.architecture.segmentation
-            else None
+            Decoder(self.architecture, widths, self.architecture.num_labels) if self.architecture.segmentation else None
         )
         self.registration: Decoder | None = None
         if self.architecture.registration:
@@ -189,7 +185,10 @@ class JointNet(nn.Module):
                 # The probabilities ride along for the mask alone; no gradient passes (paper, section 2.3).
                 stacked = torch.cat([moving.float(), out.moving_probabilities.detach()], dim=1)
                 warped = warp(stacked, out.coords_vox)
-                out.moved, out.moved_probabilities = warped[:, : moving.shape[1]], warped[:, moving.shape[1] :].detach()
+                out.moved, out.moved_probabilities = (
+                    warped[:, : moving.shape[1]],
+                    warped[:, moving.shape[1] :].detach(),
+                )
                 out.nontumor_mask = self._nontumor_mask(out)
             else:
                 out.moved = warp(moving, out.coords_vox)

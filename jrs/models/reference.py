@@ -135,7 +135,7 @@ def _read(path: Path) -> tuple[list[tuple[str, Array]], list[str]]:
     weights: list[tuple[str, Array]] = []
     try:
         with h5py.File(path, "r") as file:
-            root = file["model_weights"] if "model_weights" in file else file
+            root = file.get("model_weights", file)
             hints = [str(name) for name in root]
             hints += _config_layers(file.attrs.get("model_config"))
             groups = [_text(n) for n in root.attrs.get("layer_names", [])] or list(root)

@@ -53,14 +53,13 @@ def coordinates(flow: Tensor, head: Head, origin: int = 0) -> Tensor:
 
 def warp(image: Tensor, coords: Tensor) -> Tensor:
     """Sample ``image`` (N,C,X,Y,Z) at ``coords`` (N,3,X,Y,Z) in FP32: trilinear, border values outside."""
-    return grid_sample_3d(image.float(), coords)
+    warped: Tensor = grid_sample_3d(image.float(), coords)
+    return warped
 
 
 def _add_identity(field: Tensor, sign: float, origin: int) -> Tensor:
     """Field plus ``sign`` times the identity, added axis by axis: a whole grid of constants would swell a graph."""
-    x, y, z = (
-        sign * (torch.arange(n, device=field.device, dtype=torch.float32) + origin) for n in field.shape[2:]
-    )
+    x, y, z = (sign * (torch.arange(n, device=field.device, dtype=torch.float32) + origin) for n in field.shape[2:])
     return torch.stack([field[:, 0] + x.view(-1, 1, 1), field[:, 1] + y.view(-1, 1), field[:, 2] + z], dim=1)
 
 

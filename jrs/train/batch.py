@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class PairBatch:
 
     def to(self, device: torch.device) -> PairBatch:
         """The same on another device."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return PairBatch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in values.items()})
 
 
@@ -49,8 +49,9 @@ class PairSource(Protocol):
 def concatenate(pairs: list[PairBatch]) -> PairBatch:
     """Several batches as one; all must have the same kinds of labels."""
     names = [f.name for f in dataclasses.fields(PairBatch)]
-    columns = {name: [getattr(pair, name) for pair in pairs] for name in names}
-    return PairBatch(**{k: None if v[0] is None else torch.cat(v) for k, v in columns.items()})
+    columns: dict[str, Any] = {name: [getattr(pair, name) for pair in pairs] for name in names}
+    joined: dict[str, Any] = {k: None if v[0] is None else torch.cat(v) for k, v in columns.items()}
+    return PairBatch(**joined)
 
 
 def pair_indices(index: int, size: int, images: int, seed: int) -> list[tuple[int, int]]:

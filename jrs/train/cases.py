@@ -53,7 +53,9 @@ def load_manifest(path: Path) -> list[TrainingCase]:
 def _case(manifest: Path, number: int, row: dict[str, Any]) -> TrainingCase:
     unknown = [key for key in row if key not in ("case", "seg", *MODALITIES)]
     if unknown:
-        raise BadDataError(f"{manifest}: column {unknown[0]!r} is unknown; known are case, {', '.join(MODALITIES)}, seg")
+        raise BadDataError(
+            f"{manifest}: column {unknown[0]!r} is unknown; known are case, {', '.join(MODALITIES)}, seg"
+        )
     name = str(row.get("case") or f"row-{number}")
     files = {key: manifest.parent / str(row[key]) for key in (*MODALITIES, "seg") if row.get(key)}
     for file in files.values():
@@ -61,7 +63,9 @@ def _case(manifest: Path, number: int, row: dict[str, Any]) -> TrainingCase:
             raise MissingInputError(f"{file}: no such file (row {number}, case {name} of {manifest})")
     segmentation = files.pop("seg", None)
     if not files:
-        raise BadDataError(f"{manifest}: row {number}, case {name}, names no image; fill one of {', '.join(MODALITIES)}")
+        raise BadDataError(
+            f"{manifest}: row {number}, case {name}, names no image; fill one of {', '.join(MODALITIES)}"
+        )
     return TrainingCase(name, files, segmentation)
 
 

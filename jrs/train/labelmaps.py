@@ -1,4 +1,4 @@
-"""Anatomical label maps, aligned affinely to an atlas and brought onto the network's grid: what synthesis draws from."""
+"""Anatomical label maps, aligned affinely to an atlas and brought onto the network's grid."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def _prepare(path: Path, placed: Geometry, atlas: Volume) -> tuple[Codes, Codes]
     labels = read_volume(path, labels=True)
     to_structure, to_tissue = compact_tables()
     if labels.data.min() < 0 or labels.data.max() >= len(to_tissue):
-        raise BadDataError(f"{path}: labels reach {labels.data.max()}; FreeSurfer numbers lie in 0..{len(to_tissue) - 1}")
+        raise BadDataError(
+            f"{path}: labels reach {labels.data.max()}; FreeSurfer numbers lie in 0..{len(to_tissue) - 1}"
+        )
     tissue = to_tissue[labels.data]
     if not tissue.any():
         raise BadDataError(f"{path}: holds no FreeSurfer label of the brain; give a segmentation like aseg")

@@ -54,12 +54,20 @@ class Trainer:
         folder: Path,
         report: Callable[[int, int, dict[str, float]], None] = lambda step, steps, values: None,
     ) -> None:
-        self.config, self.train, self.validation, self.folder, self.report = config, train, validation, folder, report
+        self.config, self.train, self.validation, self.folder, self.report = (
+            config,
+            train,
+            validation,
+            folder,
+            report,
+        )
         if len(train) < 2 or len(validation) < 2:
             raise ConfigurationError(
                 f"{len(train)} training and {len(validation)} validation images; pairs need at least 2 of each"
             )
-        self.fabric = Fabric(accelerator="auto", devices=1, precision="bf16-mixed" if config.precision == "bf16" else "32-true")
+        self.fabric = Fabric(
+            accelerator="auto", devices=1, precision="bf16-mixed" if config.precision == "bf16" else "32-true"
+        )
         torch.manual_seed(config.seed)
         net = JointNet(config.model.architecture).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         optimizer = torch.optim.Adam(net.parameters(), lr=config.optimizer.learning_rate, fused=True)
@@ -171,7 +179,10 @@ class Trainer:
     def _channels_last(self, batch: PairBatch) -> PairBatch:
         batch = batch.to(self.fabric.device)
         layout = torch.channels_last_3d
-        images = {"moving": batch.moving.to(memory_format=layout), "fixed": batch.fixed.to(memory_format=layout)}
+        images = {
+            "moving": batch.moving.to(memory_format=layout),
+            "fixed": batch.fixed.to(memory_format=layout),
+        }
         return PairBatch(**{**vars(batch), **images})
 
     @torch.no_grad()
@@ -196,7 +207,9 @@ class Trainer:
 
     def _end_epoch(self) -> dict[str, float]:
         values = self.validate()
-        self.progress.validation = {f"val_{k}": v for k, v in values.items() if k in ("loss", "dice_moved", "dice_affine")}
+        self.progress.validation = {
+            f"val_{k}": v for k, v in values.items() if k in ("loss", "dice_moved", "dice_affine")
+        }
         if values["loss"] < self.progress.best_loss:
             self.progress.best_loss, self.progress.epochs_without_improvement = values["loss"], 0
             self.save(BEST, with_optimizer=False)

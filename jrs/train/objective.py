@@ -42,7 +42,10 @@ def joint_loss(
             terms["structure_dice"] = _structure_dice(output, batch, config, generator)
     if output.moving_logits is not None and output.fixed_logits is not None:
         terms |= _segmentation_terms(output, batch, config)
-    total = sum((float(getattr(config, name)) * value for name, value in terms.items()), start=batch.moving.new_zeros(()))
+    total = sum(
+        (float(getattr(config, name)) * value for name, value in terms.items()),
+        start=batch.moving.new_zeros(()),
+    )
     return total, {name: value.detach() for name, value in terms.items()}
 
 
@@ -50,7 +53,10 @@ def _segmentation_terms(output: JointOutput, batch: PairBatch, config: LossConfi
     terms: dict[str, Tensor] = {}
     weights = torch.tensor(config.class_weights, device=batch.moving.device)
     entropy, dice = [], []
-    for logits, labels in ((output.moving_logits, batch.moving_tumor), (output.fixed_logits, batch.fixed_tumor)):
+    for logits, labels in (
+        (output.moving_logits, batch.moving_tumor),
+        (output.fixed_logits, batch.fixed_tumor),
+    ):
         if logits is None or labels is None:
             continue
         entropy.append(weighted_cross_entropy(logits, labels, weights))
@@ -65,9 +71,7 @@ def _segmentation_terms(output: JointOutput, batch: PairBatch, config: LossConfi
     return terms
 
 
-def _structure_dice(
-    output: JointOutput, batch: PairBatch, config: LossConfig, generator: torch.Generator
-) -> Tensor:
+def _structure_dice(output: JointOutput, batch: PairBatch, config: LossConfig, generator: torch.Generator) -> Tensor:
     """Some structures at random: warping all would double the time of a step and teach no more."""
     assert output.coords_vox is not None and batch.moving_structures is not None and batch.fixed_structures is not None
     count = min(config.structures_per_step, len(STRUCTURES))

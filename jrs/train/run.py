@@ -135,7 +135,11 @@ class _ProgressBar:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[values]}"),
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
             console=Console(stderr=True),
         )
         self._bar.__enter__()
@@ -146,7 +150,7 @@ class _ProgressBar:
         self._bar.__exit__(*error)
 
     def update(self, step: int, steps: int, values: dict[str, float]) -> None:
-        shown = " ".join(f"{name} {values[name]:.3f}" for name in ("loss", "val_dice_moved", "val_dice_affine") if name in values)
+        shown = " ".join(
+            f"{name} {values[name]:.3f}" for name in ("loss", "val_dice_moved", "val_dice_affine") if name in values
+        )
         self._bar.update(self._task, total=steps, completed=step, values=shown)
-
-

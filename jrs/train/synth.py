@@ -50,7 +50,12 @@ class SyntheticPairs:
     """Pairs of images drawn from label maps (a ``PairSource``)."""
 
     def __init__(
-        self, maps: LabelMaps, model: ModelSpec, config: SynthesisConfig, seed: int, device: torch.device | None = None
+        self,
+        maps: LabelMaps,
+        model: ModelSpec,
+        config: SynthesisConfig,
+        seed: int,
+        device: torch.device | None = None,
     ) -> None:
         self.device = device if device is not None else torch.device("cpu")
         self.structures = maps.structures.to(self.device)
@@ -68,9 +73,7 @@ class SyntheticPairs:
             number = 2 * (index * size + place)
             a, b = self.draw(moving, number, fixed=False), self.draw(fixed, number + 1, fixed=True)
             pairs.append(
-                PairBatch(
-                    a.image, b.image, a.present, b.present, a.tumor, b.tumor, a.structures, b.structures
-                )
+                PairBatch(a.image, b.image, a.present, b.present, a.tumor, b.tumor, a.structures, b.structures)
             )
         return concatenate(pairs)
 
@@ -188,7 +191,10 @@ class SyntheticPairs:
         level = torch.rand(len(channels), 1, 1, 1, generator=generator, device=self.device) * config.noise
         image = image + level * torch.randn(image.shape, generator=generator, device=self.device)
         values = image[:, brain]
-        mean, deviation = values.mean(dim=1).view(-1, 1, 1, 1), values.std(dim=1).clamp(min=1e-3).view(-1, 1, 1, 1)
+        mean, deviation = (
+            values.mean(dim=1).view(-1, 1, 1, 1),
+            values.std(dim=1).clamp(min=1e-3).view(-1, 1, 1, 1),
+        )
         return ((image - mean) / deviation * brain).unsqueeze(0)
 
     def _presence(self, generator: torch.Generator, fixed: bool) -> Tensor:

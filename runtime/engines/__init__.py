@@ -12,7 +12,15 @@ from pathlib import Path
 from jrs.errors import BackendError, UsageError
 from jrs.runtime.engines.base import Array, Engine, EngineInfo, EngineOptions
 
-__all__ = ["Array", "Engine", "EngineInfo", "EngineOptions", "available_backends", "choose_backend", "open_engine"]
+__all__ = [
+    "Array",
+    "Engine",
+    "EngineInfo",
+    "EngineOptions",
+    "available_backends",
+    "choose_backend",
+    "open_engine",
+]
 
 # In the order that ``auto`` prefers: name -> (module to have, class).
 _BACKENDS = {

@@ -17,7 +17,9 @@ class OnnxRuntimeEngine(Closing):
         try:
             import onnxruntime
         except ImportError as error:
-            raise BackendError(f"backend ort-cpu: onnxruntime cannot be imported ({error}); install jrs again") from error
+            raise BackendError(
+                f"backend ort-cpu: onnxruntime cannot be imported ({error}); install jrs again"
+            ) from error
         if options.precision != "fp32":
             raise BackendError(f"backend ort-cpu: precision {options.precision} is not offered; use fp32")
         session = onnxruntime.SessionOptions()
