@@ -42,8 +42,7 @@ class Geometry:
     @cached_property
     def inverse(self) -> FloatArray:
         """The 4x4 matrix from RAS mm to voxel indices."""
-        inverse: FloatArray = np.linalg.inv(self.affine)
-        return inverse
+        return np.asarray(np.linalg.inv(self.affine), dtype=np.float64)
 
     @property
     def spacing(self) -> tuple[float, float, float]:

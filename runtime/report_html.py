@@ -36,10 +36,8 @@ CLASSES: dict[str, tuple[tuple[int, ...], str]] = {
     "Enhancing tumour": ((3, 4), "#d55e00"),
 }
 """Name: label values, outline colour (Okabe and Ito's palette, which colour-blind readers can tell apart)."""
-KEPT_PERCENT = 95.0
-"""A tumour that the deformation leaves at least this much of its volume has not been shrunk."""
-GRID_MM = 8
-"""Distance between the lines of the deformed grid."""
+KEPT_PERCENT = 95.0  # a tumour that the deformation leaves this much of its volume has not been shrunk
+GRID_MM = 8  # between the lines of the deformed grid
 
 _VIRIDIS = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")
 _REGIONS = {"WT": "Whole tumour", "TC": "Tumour core", "ET": "Enhancing tumour"}
@@ -101,11 +99,6 @@ class _Look:
         return low, high if high > low else low + 1.0
 
     @cached_property
-    def box(self) -> FloatArray:
-        """Lowest and highest RAS mm of the foreground, (2,3)."""
-        return np.stack([self.foreground[1].min(axis=0), self.foreground[1].max(axis=0)])
-
-    @cached_property
     def tumor_center(self) -> FloatArray | None:
         """Centre of mass of all labels, RAS mm; None without a tumour."""
         where = np.empty((0, 3)) if self.labels is None else np.argwhere(self.labels != 0)
@@ -139,16 +132,16 @@ def _views(
         point = atlas.foreground[1].mean(axis=0) if point is None else point
         u = 0.0 if field is None else _Plane(point, (0, 1), 1, 1).displacement(field, affine)[:, 0, 0]
         there = apply_affine(affine, point + u)
-    box = np.stack([np.minimum(atlas.box, moved.box)[0], np.maximum(atlas.box, moved.box)[1]])
-    sides = np.maximum(np.ptp(box, axis=0), np.ptp(case.box, axis=0)) + 2.0 * _MARGIN_MM
-    size = np.ceil(np.minimum(sides, _MAX_SIDE_MM)) + 1.0
-    size = np.stack([size, np.full(3, max(size[1:]))])  # as wide as needed, all of one height
+    shown = (case.foreground[1], np.concatenate([atlas.foreground[1], moved.foreground[1]]))
+    low, high = np.array([p.min(axis=0) for p in shown]), np.array([p.max(axis=0) for p in shown])
+    side = np.ceil(np.minimum((high - low).max(axis=0) + 2.0 * _MARGIN_MM, _MAX_SIDE_MM)) + 1.0
     views: list[dict[str, _Plane]] = [{}, {}]
-    for planes, through, middle in zip(views, (there, point), (case.box.mean(0), box.mean(0)), strict=True):
-        for name, axes in _PLANES.items():
-            pixels, origin = size[[0, 1], axes], through.copy()
-            origin[list(axes)] = middle[list(axes)] + (pixels - 1.0) / 2.0
-            planes[name] = _Plane(origin, axes, int(pixels[0]), int(pixels[1]))
+    for planes, through, middle in zip(views, (there, point), (low + high) / 2.0, strict=True):
+        for name, (across, down) in _PLANES.items():
+            origin, width, height = through.copy(), side[across], max(side[1], side[2])  # all of one height
+            origin[across] = middle[across] + (width - 1.0) / 2.0
+            origin[down] = middle[down] + (height - 1.0) / 2.0
+            planes[name] = _Plane(origin, (across, down), int(width), int(height))
     return views[0], views[1], there, point
 
 
@@ -167,12 +160,6 @@ def _edge(mask: Mask) -> Mask:
     return edge
 
 
-def _closed(mask: Mask) -> Mask:
-    """A mask without its small holes."""
-    image = Image.fromarray(mask.astype(np.uint8))
-    return np.asarray(image.filter(ImageFilter.MaxFilter(11)).filter(ImageFilter.MinFilter(11))) > 0
-
-
 def _grid_picture(plane: _Plane, u: Array, grey: Array) -> Picture:
     """The image of a regular grid of lines under x -> x + u(x), in-plane, over the dimmed atlas."""
     fine = 4  # drawn this much larger, then averaged: smooth lines
@@ -187,12 +174,15 @@ def _grid_picture(plane: _Plane, u: Array, grey: Array) -> Picture:
     return _rgb(np.maximum(grey * 0.5, lines * (0.9 / 255.0)))
 
 
-def _length_picture(u: Array, inside: Mask, top_mm: float) -> Picture:
-    """|u| in colours from 0 to ``top_mm``, black outside."""
+def _length_picture(u: Array, grey: Array, top_mm: float) -> Picture:
+    """|u| in colours from 0 to ``top_mm`` where the atlas has foreground, its small holes closed."""
+    mask = Image.fromarray((grey > 0.0).astype(np.uint8))
+    mask = mask.filter(ImageFilter.MaxFilter(11)).filter(ImageFilter.MinFilter(11))
     anchors = np.array([_bytes_of(color) for color in _VIRIDIS], dtype=np.float64)
     at = np.clip(np.linalg.norm(u, axis=0) / top_mm, 0.0, 1.0) * (len(anchors) - 1)
-    colors = [np.interp(at, np.arange(len(anchors)), channel) * inside for channel in anchors.T]
-    return np.rint(np.stack(colors, axis=-1)).astype(np.uint8)
+    colors = [np.interp(at, np.arange(len(anchors)), c) * np.asarray(mask) for c in anchors.T]
+    picture: Picture = np.rint(np.stack(colors, axis=-1)).astype(np.uint8)
+    return picture
 
 
 def _get(report: Any, *keys: str) -> Any:
@@ -232,9 +222,8 @@ def _verdict(kept: float | None, native_ml: Any) -> tuple[str, str]:
         return ("No tumour was segmented." if native_ml == 0 else "Not computed: no segmentation."), "open"
     if kept < KEPT_PERCENT:
         return f"Yes: the deformation took {100.0 - kept:.1f} % of the whole tumour’s volume.", "bad"
-    if kept > 10_000.0 / KEPT_PERCENT:
-        return f"No: the deformation enlarged the whole tumour by {kept - 100.0:.1f} %.", "bad"
-    return f"No: the deformation kept the whole tumour at {kept:.1f} % of its volume.", "good"
+    color = "good" if kept <= 10_000.0 / KEPT_PERCENT else "bad"
+    return f"No: the deformation kept the whole tumour at {kept:.1f} % of its volume.", color
 
 
 def _answer(report: Mapping[str, Any], affine: FloatArray) -> str:
@@ -294,12 +283,11 @@ def _pictures(
     pictures["blend"] = {n: np.dstack([_rgb(fixed[n])[..., :1], _rgb(moved[n])[..., 1:]]) for n in here}
     if field is not None:
         u = {n: plane.displacement(field, affine) for n, plane in here.items()}
-        inside = {n: _closed(fixed[n] > 0.0) for n in here}
-        most = max(float(np.linalg.norm(u[n], axis=0).max(initial=0.0, where=inside[n])) for n in here)
+        most = max(float(np.linalg.norm(u[n], axis=0).max(initial=0.0, where=fixed[n] > 0.0)) for n in here)
         top = max(1, math.ceil(most))
         grids = {n: _grid_picture(plane, u[n], fixed[n]) for n, plane in here.items()}
         pictures["grid"] = {n: looks["atlas"].outlined(plane, grids[n]) for n, plane in here.items()}
-        pictures["length"] = {n: _length_picture(u[n], inside[n], top) for n in here}
+        pictures["length"] = {n: _length_picture(u[n], fixed[n], top) for n in here}
         ramp = (
             f'</p><div class="ramp" style="background:linear-gradient(to right,{",".join(_VIRIDIS)})"></div>'
             f'<div class="ticks"><span>0</span><span>{top / 2:g}</span><span>{top} mm</span></div>'
@@ -346,15 +334,9 @@ def _details(report: Mapping[str, Any], affine: FloatArray) -> str:
         (escape(str(k)), _html(stages[k], 2, " s"), f'<div style="width:{_percent(v, longest) or 0.0:.1f}%"></div>')
         for k, v in sorted(times.items(), key=lambda item: item[0] == "total")
     )
-    cards = {
-        "Engine": _pairs(made),
-        "Time": _table(bars, kind="words bars"),
-        "Affine, atlas point to case point, RAS mm": _table(
-            [[f"{v:.4f}" for v in row] for row in affine.tolist()], kind="matrix"
-        ),
-        "Versions": _pairs(report.get("versions")),
-        "Files": _pairs(report.get("outputs")),
-    }
+    matrix = _table([[f"{v:.4f}" for v in row] for row in affine.tolist()], kind="matrix")
+    cards = {"Engine": _pairs(made), "Time": _table(bars, kind="words bars"), "Affine, atlas to case, RAS mm": matrix}
+    cards |= {"Versions": _pairs(report.get("versions")), "Files": _pairs(report.get("outputs"))}
     body = "".join(f"<div><h3>{title}</h3>{table}</div>" for title, table in cards.items())
     return f'<section><h2>How it was made</h2><div class="cards">{body}</div></section>'
 
@@ -378,11 +360,8 @@ def html_report(
     """
     affine = np.asarray(affine, dtype=np.float64)
     title = " on ".join(_html(report.get(key)) for key in ("case", "atlas"))
-    looks = {
-        "case": _Look(native, native_labels),
-        "atlas": _Look(fixed, moved_labels),
-        "moved": _Look(Volume(moved, fixed.geometry), moved_labels),
-    }
+    looks = {"case": _Look(native, native_labels), "atlas": _Look(fixed, moved_labels)}
+    looks["moved"] = _Look(Volume(moved, fixed.geometry), moved_labels)
     found = report.get("warnings") or ()
     items = "".join(f"<li>{escape(str(w))}</li>" for w in (found if isinstance(found, (list, tuple)) else [found]))
     warnings = f'<section class="warnings"><h2>Warnings</h2><ul>{items}</ul></section>' if items else ""
@@ -399,33 +378,31 @@ def html_report(
 
 
 _STYLE = """
-:root{color-scheme:light;--page:#f5f6f8;--card:#fff;--text:#1b2330;--soft:#5b6675;--line:#dde2e9;--main:#1f5fa8;
---good:#0b7a5c;--bad:#b3450b;--warn:#fff4dc}
-@media screen and (prefers-color-scheme:dark){:root{color-scheme:dark;--page:#12161c;--card:#1b212a;
---text:#e6eaf0;--soft:#9aa6b5;--line:#313a46;--main:#7fb2ee;--good:#4cc9a2;--bad:#f0945c;--warn:#3a2e12}}
-*{box-sizing:border-box}body{margin:0 auto;padding:24px;max-width:1180px;background:var(--page);
-color:var(--text);font:15px/1.5 system-ui,"Segoe UI",Roboto,sans-serif;print-color-adjust:exact}
-h1,h2,h3,p,ul,dl,dd{margin:0}h1{font-size:26px;overflow-wrap:anywhere}h2{font-size:18px;margin-bottom:12px}
-h3{font-size:15px}header p,footer,small,.note,.na,.row p,dt,th{color:var(--soft)}.note,dt,th,.row p,.ticks,
-footer{font-size:13px}.na{font-style:italic;font-weight:400}dd,.verdict{font-size:19px;font-weight:600}
+:root{color-scheme:light;--page:#f5f6f8;--card:#fff;--text:#1b2330;--soft:#5b6675;--line:#dde2e9;--good:#0b7a5c;
+--bad:#b3450b;--warn:#fff4dc}@media screen and (prefers-color-scheme:dark){:root{color-scheme:dark;--page:#12161c;
+--card:#1b212a;--text:#e6eaf0;--soft:#9aa6b5;--line:#313a46;--good:#4cc9a2;--bad:#f0945c;--warn:#3a2e12}}
+*{box-sizing:border-box}body{margin:auto;padding:24px;max-width:1180px;background:var(--page);color:var(--text);
+font:15px/1.5 system-ui,"Segoe UI",Roboto,sans-serif;print-color-adjust:exact}h1,h2,h3,p,ul,dl,dd{margin:0}
+h1{font-size:26px;overflow-wrap:anywhere}h2{font-size:18px;margin-bottom:12px}h3{font-size:15px}
+header p,footer,small,.note,.na,.row p,dt,th{color:var(--soft)}.note,dt,th,.row p,.ticks,footer{font-size:13px}
+.na{font-style:italic;font-weight:400}dd,.verdict{font-size:19px;font-weight:600}footer{text-align:center}
 section{margin:20px 0;padding:20px;background:var(--card);border:1px solid var(--line);border-radius:8px}
 .verdict{padding:10px 14px;margin-bottom:16px;border-left:5px solid}.good{color:var(--good)}.bad{color:var(--bad)}
-.warnings{background:var(--warn);border:2px solid var(--bad)}.note{margin:10px 0}footer{text-align:center}
-table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:5px 8px;text-align:right;
-border-top:1px solid var(--line);font-weight:400;vertical-align:top}th{border:0}.words td,.numbers
-tr>:first-child{text-align:left}.words td+td{overflow-wrap:anywhere}.words td:first-child{white-space:nowrap}
-.bars td:last-child{width:45%;vertical-align:middle}.bars div{height:10px;border-radius:2px;background:var(--main)}
+.warnings{background:var(--warn);border:2px solid var(--bad)}.note{margin:10px 0}table{width:100%;
+border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:5px 8px;text-align:right;
+border-top:1px solid var(--line);font-weight:400;vertical-align:top}th{border:0}.words td,tr>:first-child{
+text-align:left}.words td{overflow-wrap:anywhere}.words td:first-child{white-space:nowrap}.matrix td{
+text-align:right!important}.bars td:last-child{width:45%}.bars div{height:10px;margin-top:6px;background:#4a86c8}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:24px 32px}
 .facts{grid-template-columns:repeat(auto-fit,minmax(210px,1fr))}.legend{padding:0;margin-bottom:12px}.legend li{
 display:inline-block;margin-right:20px}.legend i{display:inline-block;width:12px;height:12px;margin-right:7px}
 .row{display:grid;grid-template-columns:150px var(--columns);gap:6px;margin-bottom:6px;break-inside:avoid}
-.row p{padding-bottom:6px}.row .absent{grid-column:2/-1}.heads{text-align:center}.pane img{width:100%;height:auto;
+.row p{padding-bottom:6px}.absent{grid-column:2/-1}.heads{text-align:center}.pane img{width:100%;height:auto;
 display:block}.pane{position:relative;overflow:hidden;border-radius:4px}.pane>:not(img){position:absolute;
 color:#fff;font:600 12px/1 sans-serif;text-shadow:0 0 2px #000,0 0 4px #000}.w,.e{top:calc(50% - 6px)}.n,.s{
 left:calc(50% - 4px)}.w{left:5px}.e{right:5px}.n{top:5px}.s{bottom:5px}.pane>i:last-child{left:8px;bottom:6px;
 padding-bottom:3px;border-bottom:2px solid;font:10px sans-serif}.row:nth-child(n+3) .pane>i{display:none}
-.ramp{height:12px}.ticks{display:flex;justify-content:space-between}@media (max-width:760px){body{padding:12px}
-.row{grid-template-columns:var(--columns)}.row>:first-child,.row .absent{grid-column:1/-1}}
-@media print{@page{margin:12mm}body{padding:0;max-width:none;background:#fff;font-size:12px}section{border:0;
-padding:0}.warnings{padding:10px;border:2px solid}.row{grid-template-columns:110px var(--columns)}}
+.ramp{height:12px}.ticks{display:flex;justify-content:space-between}@media (max-width:700px){.row{
+grid-template-columns:var(--columns)}.row>:first-child,.absent{grid-column:1/-1}}@media print{@page{margin:12mm}
+body{padding:0;max-width:none;background:#fff;font-size:12px}section{border:0;padding:0}.warnings{padding:10px}}
 """

@@ -33,7 +33,8 @@ class PairBatch:
     def to(self, device: torch.device) -> PairBatch:
         """The same on another device."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return PairBatch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in values.items()})
+        moved: dict[str, Any] = {k: None if v is None else v.to(device, non_blocking=True) for k, v in values.items()}
+        return PairBatch(**moved)
 
 
 class PairSource(Protocol):
