@@ -26,7 +26,6 @@ from jrs.runtime.sampling import affine_coords, sample, sample_nearest
 from jrs.volume import Volume, foreground_mask
 
 Array = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
 Labels = npt.NDArray[np.uint8]
 Picture = npt.NDArray[np.uint8]  # rows, columns, red/green/blue
 
@@ -43,8 +42,9 @@ _VIRIDIS = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#
 _REGIONS = {"WT": "Whole tumour", "TC": "Tumour core", "ET": "Enhancing tumour"}
 _PLANES = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}  # world axes along columns and rows
 _ENDS = ("RL", "AP", "SI")  # first and last letter along each world axis as drawn
-_MARGIN_MM, _MAX_SIDE_MM = 6.0, 320.0
-_THREADS = 1  # planes are too small for more
+_RAMP = """</p><div class="ramp" style="background:linear-gradient(to right,{})"></div><div class="ticks">
+<span>0</span><span>{:g}</span><span>{} mm</span></div><p>At most {:.1f} mm in these planes."""
+_MARGIN_MM, _MAX_SIDE_MM, _THREADS = 6.0, 320.0, 1  # planes are too small for more threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,25 +78,19 @@ class _Plane:
 
 @dataclass(frozen=True, eq=False)
 class _Look:
-    """How an image is shown: window, box and centre, from every few voxels, and the tumour's outlines."""
+    """An image as it is shown: its window, the place of its foreground, the tumour's outlines."""
 
     volume: Volume
     labels: Labels | None
 
     @cached_property
     def foreground(self) -> tuple[npt.NDArray[Any], FloatArray]:
-        """Values (n,) and their RAS mm (n,3); the whole grid's if there is no foreground."""
+        """Every few voxels of it: values (n,), RAS mm (n,3); of the whole grid if there is none."""
         steps = [max(1, n // 80) for n in self.volume.data.shape]
         data = self.volume.data[tuple(slice(None, None, step) for step in steps)]
         mask = foreground_mask(data)
         mask |= not mask.any()
         return data[mask], self.volume.geometry.to_ras(np.argwhere(mask) * steps)
-
-    @cached_property
-    def window(self) -> tuple[float, float]:
-        """1st and 99th percentile of the foreground."""
-        low, high = (float(v) for v in np.percentile(np.nan_to_num(self.foreground[0]), (1.0, 99.0)))
-        return low, high if high > low else low + 1.0
 
     @cached_property
     def tumor_center(self) -> FloatArray | None:
@@ -105,10 +99,11 @@ class _Look:
         return self.volume.geometry.to_ras(where.mean(axis=0)) if where.size else None
 
     def grey(self, plane: _Plane) -> Array:
-        """The image on a plane, (rows, columns), its window mapped to 0..1."""
-        coords, (low, high) = plane.coords(self.volume.geometry), self.window
+        """The image on a plane, (rows, columns), 1st to 99th percentile of the foreground mapped to 0..1."""
+        low, high = np.percentile(np.nan_to_num(self.foreground[0]), (1.0, 99.0))
+        low, coords = low if low < high else 0.0, plane.coords(self.volume.geometry)
         values = np.nan_to_num(sample(self.volume.data[None], coords, 0.0, _THREADS)[0, :, :, 0].T)
-        grey: Array = np.clip((values - low) / (high - low), 0.0, 1.0).astype(np.float32)
+        grey: Array = np.clip((values - low) / max(high - low, 1e-30), 0.0, 1.0).astype(np.float32)
         return grey
 
     def outlined(self, plane: _Plane, picture: Picture) -> Picture:
@@ -145,19 +140,19 @@ def _views(
     return views[0], views[1], there, point
 
 
-def _bytes_of(color: str) -> tuple[int, ...]:
-    return tuple(bytes.fromhex(color[1:]))
+def _bytes_of(color: str) -> list[int]:
+    return list(bytes.fromhex(color[1:]))
 
 
 def _rgb(grey: Array) -> Picture:
     return np.repeat(np.rint(grey * 255.0).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-def _edge(mask: Mask) -> Mask:
+def _edge(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """A mask less its erosion by one pixel (four neighbours)."""
     padded = np.pad(mask, 1)
-    edge: Mask = mask & ~(padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:])
-    return edge
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return np.logical_and(mask, ~inner)
 
 
 def _grid_picture(plane: _Plane, u: Array, grey: Array) -> Picture:
@@ -203,12 +198,12 @@ def _percent(part: Any, whole: Any) -> float | None:
     return 100.0 * part / whole if numbers and whole > 0 else None
 
 
-def _table(rows: Iterable[Iterable[str]], header: Iterable[str] = (), kind: str = "words") -> str:
-    """Rows of cells that are HTML already; the first cell of each names the row."""
+def _table(rows: Iterable[Iterable[str]], kind: str = "words", header: Iterable[str] = ()) -> str:
+    """Cells are HTML already."""
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
-    top = f"<thead><tr>{head}</tr></thead>" if head else ""
-    return f'<table class="{kind}">{top}<tbody>{lines}</tbody></table>' if lines else _html(None)
+    table = f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
+    return table if lines else _html(None)
 
 
 def _pairs(values: Any) -> str:
@@ -219,11 +214,11 @@ def _pairs(values: Any) -> str:
 def _verdict(kept: float | None, native_ml: Any) -> tuple[str, str]:
     """The answer in words and its colour, from the percentage that the deformation alone keeps."""
     if kept is None:
-        return ("No tumour was segmented." if native_ml == 0 else "Not computed: no segmentation."), "open"
+        return ("No tumour was segmented." if native_ml == 0 else "Not computed: no tumour volumes."), "open"
     if kept < KEPT_PERCENT:
         return f"Yes: the deformation took {100.0 - kept:.1f} % of the whole tumour’s volume.", "bad"
     color = "good" if kept <= 10_000.0 / KEPT_PERCENT else "bad"
-    return f"No: the deformation kept the whole tumour at {kept:.1f} % of its volume.", color
+    return f"No: the deformation left the whole tumour at {kept:.1f} % of its volume.", color
 
 
 def _answer(report: Mapping[str, Any], affine: FloatArray) -> str:
@@ -237,16 +232,17 @@ def _answer(report: Mapping[str, Any], affine: FloatArray) -> str:
         rows.append((f"{name} <small>{region}</small>", *cells))
     sentence, color = _verdict(kept["WT"], _get(report, "volumes_ml", "native", "WT"))
     header = ("Region", "Case, ml", "On the atlas, ml", "Ratio", "Deformation alone")
-    before, after = (_html(_get(report, "similarity", key)) for key in ("before", "after"))
+    jacobian, similarity = _get(report, "jacobian"), _get(report, "similarity")
+    of, (before, after) = _get(similarity, "modality"), (_get(similarity, k) for k in ("before", "after"))
     facts = {
-        "Folding, share of the brain": _html(_get(report, "jacobian", "folding_percent"), 3, " %"),
-        "Mean Jacobian inside the tumour": _html(_get(report, "jacobian", "inside_tumor")),
-        "Mean Jacobian outside the tumour": _html(_get(report, "jacobian", "outside_tumor")),
-        f"Correlation, {_html(_get(report, 'similarity', 'modality'))}": f"{before} → {after}",
+        "Folding, share of the brain": _html(_get(jacobian, "folding_percent"), 3, " %"),
+        "Mean Jacobian inside the tumour": _html(_get(jacobian, "inside_tumor")),
+        "Mean Jacobian outside the tumour": _html(_get(jacobian, "outside_tumor")),
+        f"Correlation with the atlas{f' ({_html(of)})' if of else ''}": f"{_html(before)} → {_html(after)}",
     }
     return (
         f'<section><h2>Did registration shrink the tumour?</h2><p class="verdict {color}">{sentence}</p>'
-        f'{_table(rows, header, "numbers")}<p class="note">The affine alone, which fits the head to the '
+        f'{_table(rows, "numbers", header)}<p class="note">The affine alone, which fits the head to the '
         f"atlas’s size, brings every volume to {100.0 / scale:.1f} %; the last column has this divided out, "
         f'and below {KEPT_PERCENT:g} % there counts as shrinking.</p><dl class="cards facts">'
         + "".join(f"<div><dt>{fact}</dt><dd>{value}</dd></div>" for fact, value in facts.items())
@@ -275,29 +271,22 @@ def _pictures(
     away, here, there, point = _views(looks, field, affine)
     planes = {"case": away, "atlas": here, "moved": here}
     grey = {key: {n: looks[key].grey(plane) for n, plane in planes[key].items()} for key in planes}
-    pictures: dict[str, dict[str, Picture]] = {
-        key: {n: looks[key].outlined(plane, _rgb(grey[key][n])) for n, plane in planes[key].items()}
-        for key in planes
-    }
+    pictures = {k: {n: looks[k].outlined(p, _rgb(grey[k][n])) for n, p in planes[k].items()} for k in planes}
     fixed, moved, ramp = grey["atlas"], grey["moved"], ""
     pictures["blend"] = {n: np.dstack([_rgb(fixed[n])[..., :1], _rgb(moved[n])[..., 1:]]) for n in here}
     if field is not None:
         u = {n: plane.displacement(field, affine) for n, plane in here.items()}
         most = max(float(np.linalg.norm(u[n], axis=0).max(initial=0.0, where=fixed[n] > 0.0)) for n in here)
-        top = max(1, math.ceil(most))
+        top = max(1, math.ceil(most - 0.01))
         grids = {n: _grid_picture(plane, u[n], fixed[n]) for n, plane in here.items()}
         pictures["grid"] = {n: looks["atlas"].outlined(plane, grids[n]) for n, plane in here.items()}
         pictures["length"] = {n: _length_picture(u[n], fixed[n], top) for n in here}
-        ramp = (
-            f'</p><div class="ramp" style="background:linear-gradient(to right,{",".join(_VIRIDIS)})"></div>'
-            f'<div class="ticks"><span>0</span><span>{top / 2:g}</span><span>{top} mm</span></div>'
-            f"<p>At most {most:.1f} mm in these planes."
-        )
+        ramp = _RAMP.format(",".join(_VIRIDIS), top / 2, top, most)
     shown, at = escape(modality.upper()), "({:.0f}, {:.0f}, {:.0f}) mm"
     captions = {
         "case": ("Case", f"{shown} as read, planes through {at.format(*there)}."),
-        "atlas": ("Atlas", f"Planes through {at.format(*point)}; the tumour moved here."),
-        "moved": ("Moved case", f"{shown} and tumour on the atlas."),
+        "atlas": ("Atlas", f"Planes through {at.format(*point)}."),
+        "moved": ("Moved case", f"{shown} on the atlas’s grid."),
         "grid": ("Deformed grid", f"Lines every {GRID_MM} mm, moved by the deformation without the affine."),
         "blend": ("Overlay", "Atlas red, moved case cyan; grey where both are equally bright."),
         "length": ("Displacement", f"Length of the deformation without the affine.{ramp}"),
@@ -310,33 +299,31 @@ def _pictures(
             panes = "".join(_pane(pictures[key][n], p, f"{title}, {n} plane", f"{key}-{n}") for n, p in of)
         rows += f'<div class="row"><div><h3>{title}</h3><p>{words}</p></div>{panes}</div>'
     legend = "".join(f'<li><i style="background:{c}"></i>{name}</li>' for name, (_, c) in CLASSES.items())
+    heads = "".join(f"<b>{n.capitalize()}</b>" for n in here)
     columns = " ".join(f"minmax(0,{plane.width}fr)" for plane in here.values())
     return (
-        '<section><h2>Pictures</h2><p class="note">World axes, one scale, radiological convention: the patient’s '
-        f'left is on the right.</p><ul class="legend">{legend}</ul><div style="--columns:{columns}"><div class='
-        f'"row heads"><i></i>{"".join(f"<b>{n.capitalize()}</b>" for n in here)}</div>{rows}</div></section>'
+        '<section><h2>Pictures</h2><p class="note">World axes, one scale, radiological convention: the '
+        f'patient’s left is on the right. Outlines:</p><ul class="legend">{legend}</ul>'
+        f'<div style="--columns:{columns}"><div class="row heads"><i></i>{heads}</div>{rows}</div></section>'
     )
 
 
 def _details(report: Mapping[str, Any], affine: FloatArray) -> str:
-    stages, modalities = _get(report, "timings_s"), _get(report, "modalities")
-    if isinstance(modalities, (list, tuple)):
-        modalities = ", ".join(map(str, modalities))
+    stages = dict(report.get("timings_s") or {})
     made = {
         **{key.capitalize(): _get(report, "engine", key) for key in ("backend", "device", "precision")},
         **{f"Bundle {key}": _get(report, "bundle", key) for key in ("name", "sha256")},
-        "Modalities": modalities,
+        "Modalities": ", ".join(map(str, report.get("modalities") or ())),
         "Warnings": "see above" if report.get("warnings") else "none" if "warnings" in report else None,
     }
-    times = {k: _percent(v, 1.0) for k, v in stages.items()} if isinstance(stages, Mapping) else {}
-    longest = max((v for k, v in times.items() if v is not None and k != "total"), default=0.0)
-    bars = (
-        (escape(str(k)), _html(stages[k], 2, " s"), f'<div style="width:{_percent(v, longest) or 0.0:.1f}%"></div>')
-        for k, v in sorted(times.items(), key=lambda item: item[0] == "total")
-    )
-    matrix = _table([[f"{v:.4f}" for v in row] for row in affine.tolist()], kind="matrix")
-    cards = {"Engine": _pairs(made), "Time": _table(bars, kind="words bars"), "Affine, atlas to case, RAS mm": matrix}
-    cards |= {"Versions": _pairs(report.get("versions")), "Files": _pairs(report.get("outputs"))}
+    total = ("total", _html(stages.pop("total", None), 2, " s"), "")
+    longest = max((v for v in stages.values() if _percent(v, 1.0) is not None), default=0.0)
+    width = {k: f"width:{_percent(v, longest) or 0.0:.1f}%" for k, v in stages.items()}
+    bars = [(_html(k), _html(v, 2, " s"), f'<div style="{width[k]}"></div>') for k, v in stages.items()]
+    matrix = _table([[f"{v:.4f}" for v in row] for row in affine.tolist()], "matrix")
+    cards = {"Engine": _pairs(made), "Time": _table([*bars, total], "words bars")}
+    cards |= {"Affine, atlas to case, RAS mm": matrix, "Versions": _pairs(report.get("versions"))}
+    cards |= {"Files": _pairs(report.get("outputs"))}
     body = "".join(f"<div><h3>{title}</h3>{table}</div>" for title, table in cards.items())
     return f'<section><h2>How it was made</h2><div class="cards">{body}</div></section>'
 
@@ -362,8 +349,7 @@ def html_report(
     title = " on ".join(_html(report.get(key)) for key in ("case", "atlas"))
     looks = {"case": _Look(native, native_labels), "atlas": _Look(fixed, moved_labels)}
     looks["moved"] = _Look(Volume(moved, fixed.geometry), moved_labels)
-    found = report.get("warnings") or ()
-    items = "".join(f"<li>{escape(str(w))}</li>" for w in (found if isinstance(found, (list, tuple)) else [found]))
+    items = "".join(f"<li>{_html(warning)}</li>" for warning in report.get("warnings") or ())
     warnings = f'<section class="warnings"><h2>Warnings</h2><ul>{items}</ul></section>' if items else ""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width='
@@ -378,31 +364,36 @@ def html_report(
 
 
 _STYLE = """
-:root{color-scheme:light;--page:#f5f6f8;--card:#fff;--text:#1b2330;--soft:#5b6675;--line:#dde2e9;--good:#0b7a5c;
---bad:#b3450b;--warn:#fff4dc}@media screen and (prefers-color-scheme:dark){:root{color-scheme:dark;--page:#12161c;
---card:#1b212a;--text:#e6eaf0;--soft:#9aa6b5;--line:#313a46;--good:#4cc9a2;--bad:#f0945c;--warn:#3a2e12}}
-*{box-sizing:border-box}body{margin:auto;padding:24px;max-width:1180px;background:var(--page);color:var(--text);
+:root{color-scheme:light;--page:#f5f6f8;--card:#fff;--text:#1b2330;--soft:#5b6675;--line:#dde2e9;
+--good:#0b7a5c;--bad:#b3450b;--warn:#fff4dc}@media screen and (prefers-color-scheme:dark){
+:root{color-scheme:dark;--page:#12161c;--card:#1b212a;--text:#e6eaf0;--soft:#9aa6b5;--line:#313a46;
+--good:#4cc9a2;--bad:#f0945c;--warn:#3a2e12}}*{box-sizing:border-box}
+body{margin:auto;padding:24px;max-width:1180px;background:var(--page);color:var(--text);
 font:15px/1.5 system-ui,"Segoe UI",Roboto,sans-serif;print-color-adjust:exact}h1,h2,h3,p,ul,dl,dd{margin:0}
 h1{font-size:26px;overflow-wrap:anywhere}h2{font-size:18px;margin-bottom:12px}h3{font-size:15px}
-header p,footer,small,.note,.na,.row p,dt,th{color:var(--soft)}.note,dt,th,.row p,.ticks,footer{font-size:13px}
-.na{font-style:italic;font-weight:400}dd,.verdict{font-size:19px;font-weight:600}footer{text-align:center}
+header p,footer,small,.note,.na,.row p,dt,th{color:var(--soft)}
+.note,dt,th,.row p,.ticks,footer{font-size:13px}.na{font-style:italic;font-weight:400}
+dd,.verdict{font-size:19px;font-weight:600}footer{text-align:center}
 section{margin:20px 0;padding:20px;background:var(--card);border:1px solid var(--line);border-radius:8px}
-.verdict{padding:10px 14px;margin-bottom:16px;border-left:5px solid}.good{color:var(--good)}.bad{color:var(--bad)}
-.warnings{background:var(--warn);border:2px solid var(--bad)}.note{margin:10px 0}table{width:100%;
-border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:5px 8px;text-align:right;
-border-top:1px solid var(--line);font-weight:400;vertical-align:top}th{border:0}.words td,tr>:first-child{
-text-align:left}.words td{overflow-wrap:anywhere}.words td:first-child{white-space:nowrap}.matrix td{
-text-align:right!important}.bars td:last-child{width:45%}.bars div{height:10px;margin-top:6px;background:#4a86c8}
+.verdict{padding:10px 14px;margin-bottom:16px;border-left:5px solid}.good{color:var(--good)}
+.bad{color:var(--bad)}.warnings{background:var(--warn);border:2px solid var(--bad)}.note{margin:10px 0}
+table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}
+td,th{padding:5px 8px;text-align:right;border-top:1px solid var(--line);font-weight:400;vertical-align:top}
+th{border:0}.words td,tr>:first-child{text-align:left}.words td{overflow-wrap:anywhere}
+.words td:first-child{white-space:nowrap}.matrix td{text-align:right!important}.bars td:last-child{width:45%}
+.bars div{height:10px;margin-top:6px;background:#4a86c8}.cards>div{break-inside:avoid}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:24px 32px}
-.facts{grid-template-columns:repeat(auto-fit,minmax(210px,1fr))}.legend{padding:0;margin-bottom:12px}.legend li{
-display:inline-block;margin-right:20px}.legend i{display:inline-block;width:12px;height:12px;margin-right:7px}
+.facts{grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}.legend{padding:0;margin-bottom:12px}
+.legend li{display:inline-block;margin-right:20px}h2,.legend,.heads{break-after:avoid}
+.legend i{display:inline-block;width:12px;height:12px;margin-right:7px}
 .row{display:grid;grid-template-columns:150px var(--columns);gap:6px;margin-bottom:6px;break-inside:avoid}
-.row p{padding-bottom:6px}.absent{grid-column:2/-1}.heads{text-align:center}.pane img{width:100%;height:auto;
-display:block}.pane{position:relative;overflow:hidden;border-radius:4px}.pane>:not(img){position:absolute;
-color:#fff;font:600 12px/1 sans-serif;text-shadow:0 0 2px #000,0 0 4px #000}.w,.e{top:calc(50% - 6px)}.n,.s{
-left:calc(50% - 4px)}.w{left:5px}.e{right:5px}.n{top:5px}.s{bottom:5px}.pane>i:last-child{left:8px;bottom:6px;
-padding-bottom:3px;border-bottom:2px solid;font:10px sans-serif}.row:nth-child(n+3) .pane>i{display:none}
-.ramp{height:12px}.ticks{display:flex;justify-content:space-between}@media (max-width:700px){.row{
-grid-template-columns:var(--columns)}.row>:first-child,.absent{grid-column:1/-1}}@media print{@page{margin:12mm}
-body{padding:0;max-width:none;background:#fff;font-size:12px}section{border:0;padding:0}.warnings{padding:10px}}
+.row p{padding-bottom:6px}.absent{grid-column:2/-1}.heads{text-align:center}
+.pane img{width:100%;height:auto;display:block}.pane{position:relative;overflow:hidden;border-radius:4px}
+.pane>:not(img){position:absolute;color:#fff;font:600 12px/1 sans-serif;text-shadow:0 0 2px #000,0 0 4px #000}
+.w,.e{top:calc(50% - 6px)}.n,.s{left:calc(50% - 4px)}.w{left:5px}.e{right:5px}.n{top:5px}.s{bottom:5px}
+.pane>i:last-child{left:8px;bottom:6px;padding-bottom:3px;border-bottom:2px solid;font:10px sans-serif}
+.row:nth-child(n+3) .pane>i{display:none}.ramp{height:12px}.ticks{display:flex;justify-content:space-between}
+@media (max-width:700px){.row{grid-template-columns:var(--columns)}.row>:first-child,.absent{grid-column:1/-1}
+}@media print{@page{margin:12mm}body{padding:0;max-width:none;background:#fff;font-size:12px}
+section{border:0;padding:0}.warnings{padding:10px}h2+.note{break-after:avoid}}
 """
