@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jrs.cli.console import note
+from jrs.cli.console import note, status
 from jrs.errors import UsageError
 
 
@@ -62,8 +62,10 @@ def infer(
         inverse=inverse,
         keep_clear_of=None if overwrite else out,
     )
-    with Pipeline.open(bundle, backend, precision, threads) as pipeline:
+    with Pipeline.open(bundle, backend, precision, threads) as pipeline, status() as say:
+        pipeline.progress = say
         result = pipeline.infer(case, atlas, options)
+        say("write")
         folder = result.save(out, overwrite)
     for warning in result.warnings:
         note(f"jrs: warning: {warning}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 import sys
 
 import typer
@@ -46,11 +49,54 @@ _register_verbs()
 
 def main() -> None:
     """Entry point of the ``jrs`` command."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line and return its exit code; every error is one line on stderr.
+
+    The environment variable ``JRS_DEBUG`` lets the traceback through.
+    """
     try:
-        app()
+        result = app(arguments, prog_name="jrs", standalone_mode=False)
     except JrsError as error:
-        print(f"jrs: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return _fail(str(error), error.exit_code)
     except MemoryError:
-        print("jrs: out of memory; close other programs or use a bundle with a smaller grid", file=sys.stderr)
-        sys.exit(75)
+        return _fail("out of memory; close other programs or use a bundle with a smaller grid", 75)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            return 1
+        return _fail(f"{error.filename or 'I/O'}: {error.strerror or error}", 74 if error.errno == errno.ENOSPC else 70)
+    except Exception as error:
+        return _other(error)
+    return result if isinstance(result, int) else 0
+
+
+def _other(error: Exception) -> int:
+    # The parser's own exceptions, whose module differs between versions of Typer.
+    kind = type(error).__name__
+    if kind == "NoArgsIsHelpError":
+        print(error, file=sys.stderr)
+        return 2
+    if kind == "Abort":
+        return _fail("interrupted", 130)
+    if hasattr(error, "format_message"):
+        message = " ".join(str(error.format_message()).split())
+        return _fail(f"{message.rstrip(chr(46))}; jrs --help lists what there is", 2)
+    if os.environ.get("JRS_DEBUG"):
+        raise error
+    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+    return _fail(f"internal error, {kind}: {reason}; please report it, with the traceback that JRS_DEBUG=1 shows", 70)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"jrs: {message}", file=sys.stderr)
+    return code
+
+
+def _terminate(number: int, frame: object) -> None:
+    # An exception, so that temporary files are removed on the way out.
+    raise SystemExit(143)

@@ -40,15 +40,15 @@ class DisplacementField:
 
         Outside the returned grid the displacement is zero, so the affine alone remains there.
         """
-        voxels = max(2, int(np.ceil(margin_mm / min(self.geometry.spacing))))
-        padded = np.pad(self.vectors_mm, ((0, 0), *((voxels, voxels),) * 3), mode="edge")
-        for axis, n in enumerate(self.geometry.shape):
-            outside = np.maximum(0, np.abs(np.arange(n + 2 * voxels) - voxels - (n - 1) / 2.0) - (n - 1) / 2.0)
-            window = 0.5 * (1.0 + np.cos(np.pi * np.minimum(1.0, outside / (voxels - 0.5))))
+        a, b, c = (max(2, int(np.ceil(margin_mm / s))) for s in self.geometry.spacing)
+        padded = np.pad(self.vectors_mm, ((0, 0), (a, a), (b, b), (c, c)), mode="edge")
+        for axis, (n, more) in enumerate(zip(self.geometry.shape, (a, b, c), strict=True)):
+            outside = np.maximum(0, np.abs(np.arange(n + 2 * more) - more - (n - 1) / 2.0) - (n - 1) / 2.0)
+            window = 0.5 * (1.0 + np.cos(np.pi * np.minimum(1.0, outside / (more - 0.5))))
             shape = [1, 1, 1, 1]
             shape[axis + 1] = -1
             padded *= window.reshape(shape).astype(np.float32)
-        return DisplacementField(padded, self.geometry.padded(voxels))
+        return DisplacementField(padded, self.geometry.padded((a, b, c)))
 
 
 def jacobian_determinant(field: DisplacementField, rows: int = 16) -> Array:

@@ -65,10 +65,7 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
         if path.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-            path.replace(retired / path.name)
-            temporary.replace(path)
-            remove_tree(retired)
+            _swap(path, temporary)
         else:
             temporary.replace(path)
     except OSError as error:
@@ -76,6 +73,20 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     finally:
         if temporary.exists():
             remove_tree(temporary)
+
+
+def _swap(path: Path, new: Path) -> None:
+    """Put folder ``new`` in the place of ``path``; if that fails, ``path`` is what it was."""
+    retired = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+    try:
+        path.replace(retired / path.name)
+        try:
+            new.replace(path)
+        except OSError:
+            os.rename(retired / path.name, path)
+            raise
+    finally:
+        remove_tree(retired)
 
 
 @contextmanager
@@ -94,10 +105,12 @@ def whole_set(folder: Path, names: list[str], stale: list[str], overwrite: bool 
         raise _cannot_write(folder, error) from error
     try:
         yield temporary
-        for name in stale:
-            (folder / name).unlink(missing_ok=True)
-        for file in sorted(temporary.iterdir()):
+        written = sorted(temporary.iterdir())
+        for file in written:
             file.replace(folder / file.name)
+        if overwrite:
+            for name in set(stale) - {file.name for file in written}:
+                (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise _cannot_write(folder, error) from error
     finally:

@@ -37,7 +37,7 @@ class Geometry:
         )
 
     def __hash__(self) -> int:
-        return hash((self.shape, self.affine.tobytes()))
+        return hash((self.shape, (self.affine + 0.0).tobytes()))  # -0.0 equals 0.0
 
     @cached_property
     def inverse(self) -> FloatArray:
@@ -94,11 +94,12 @@ class Geometry:
         affine[:3, 3] = self.to_ras((1.0 / scale - 1.0) / 2.0)
         return Geometry(tuple(int(n * f) for n, f in zip(self.shape, factors, strict=True)), affine)  # type: ignore[arg-type]
 
-    def padded(self, voxels: int) -> Geometry:
-        """The grid with ``voxels`` more on each of its six sides."""
+    def padded(self, voxels: Shape) -> Geometry:
+        """The grid with so many ``voxels`` more at both ends of each axis."""
         affine = self.affine.copy()
-        affine[:3, 3] = self.to_ras((-voxels, -voxels, -voxels))
-        return Geometry((self.shape[0] + 2 * voxels, self.shape[1] + 2 * voxels, self.shape[2] + 2 * voxels), affine)
+        affine[:3, 3] = self.to_ras([-n for n in voxels])
+        shape = tuple(n + 2 * more for n, more in zip(self.shape, voxels, strict=True))
+        return Geometry(shape, affine)  # type: ignore[arg-type]
 
     @staticmethod
     def aligned(

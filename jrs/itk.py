@@ -60,13 +60,15 @@ def load_affine(path: Path) -> FloatArray:
     if not path.is_file():
         raise MissingInputError(f"{path}: no such transform; give an ITK affine (.txt, .tfm)")
     try:
-        values = _entries(path.read_text(encoding="utf-8"))
+        values = _entries(path.read_text(encoding="utf-8-sig"))
         parameters = np.array([float(v) for v in values["Parameters"].split()])
         fixed = np.array([float(v) for v in values.get("FixedParameters", "0 0 0").split()])
         if "Affine" not in values["Transform"] and "MatrixOffset" not in values["Transform"]:
             raise ValueError(f"its type is {values['Transform'] or 'not given'}")
-        if parameters.size != 12 or fixed.size != 3 or not np.isfinite(parameters).all():
+        if parameters.size != 12 or fixed.size != 3:
             raise ValueError(f"it has {parameters.size} parameters, an affine has 12")
+        if not (np.isfinite(parameters).all() and np.isfinite(fixed).all()):
+            raise ValueError("it has values that are not finite")
     except (KeyError, ValueError, OSError) as error:
         raise BadDataError(f"{path}: is not an ITK affine transform ({error}); give a .txt or .tfm file") from error
     matrix = np.eye(4)
@@ -89,5 +91,9 @@ def save_affine(path: Path, matrix: FloatArray) -> None:
 
 
 def _entries(text: str) -> dict[str, str]:
-    lines = [line for line in text.splitlines() if ":" in line]
-    return {key.strip(): value.strip() for key, value in (line.split(":", 1) for line in lines)}
+    """The file's fields; ValueError for a file of several transforms, whose order a single affine cannot keep."""
+    pairs = [line.split(":", 1) for line in text.splitlines() if ":" in line]
+    entries = {key.strip(): value.strip() for key, value in pairs}
+    if len(entries) < len(pairs):
+        raise ValueError("it holds several transforms; compose them into one affine first")
+    return entries

@@ -62,6 +62,10 @@ class ModelSpec:
             raise ConfigurationError(
                 f"{len(self.channels)} channel names for a network of {self.architecture.in_channels} channels"
             )
+        if self.architecture.norm == "instance" and all(n == STRIDE for n in self.grid.shape):
+            raise ConfigurationError(
+                f"grid shape {self.grid.shape}: instance normalisation needs more than one voxel at the coarsest level"
+            )
         if len(set(self.channels)) != len(self.channels):
             raise ConfigurationError(f"channel names {', '.join(self.channels)} repeat")
         if not set(self.optional_channels) <= set(self.channels):

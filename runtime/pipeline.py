@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,12 +65,14 @@ class FixedImage:
 
 @dataclass
 class _Clock:
-    """Wall seconds of each stage."""
+    """Wall seconds of each stage; ``report`` hears of each as it begins."""
 
+    report: Callable[[str], None]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        self.report(name.replace("_", " "))
         start = time.perf_counter()
         try:
             yield
@@ -81,11 +83,13 @@ class _Clock:
 class Pipeline:
     """One bundle on one backend, ready for cases; a context manager.
 
-    Fixed images are encoded once and kept: a cohort registered to one atlas pays for it once.
+    Fixed images are encoded once and kept: a cohort registered to one atlas pays for it once. ``progress`` is
+    called with the name of each stage as it begins.
     """
 
     def __init__(self, network: Network, threads: int | None = None) -> None:
         self.network, self.threads = network, threads
+        self.progress: Callable[[str], None] = lambda stage: None
         self._fixed: dict[str, FixedImage] = {}
 
     @staticmethod
@@ -126,7 +130,7 @@ class Pipeline:
             options = InferOptions(**changes)
         elif changes:
             raise UsageError("give either options or single arguments")
-        clock = _Clock()
+        clock = _Clock(self.progress)
         start = time.perf_counter()
         spec = self.network.bundle.manifest.model
         with clock.stage("read_case"):

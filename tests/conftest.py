@@ -79,29 +79,39 @@ def sitk_array(image: Any) -> Matrix:
     return sitk.GetArrayFromImage(image).transpose(2, 1, 0)
 
 
+HEAD_SIZE = 0.75  # of a human head: smaller images, faster tests
+
+
 def head(points: Matrix, contrast: int = 0) -> Matrix:
-    """Intensity of a head-like, textured, asymmetric ellipsoid at RAS points (3,...).
+    """Intensity of a head-like, textured, asymmetric phantom at RAS points (3,...).
 
     About 100 inside, 0 outside up to a small ripple of both signs, as skull-stripped and resampled images have
-    it. ``contrast`` 0 to 3 stands for a modality: the same shapes, other brightness, a tumour at (30, 20, 15).
+    it. ``contrast`` 0 to 3 stands for a modality: the same shapes, other brightness, a tumour at (18, 12, 9).
     """
-    x, y, z = points
-    radius = np.sqrt((x / 66.0) ** 2 + (y / 82.0) ** 2 + (z / 62.0) ** 2)
-    soft = 1.0 / (1.0 + np.exp(np.clip((radius - 1.0) * 25.0, -60.0, 60.0)))
-    texture = (
-        14.0 * np.sin(0.11 * x + 0.05 * y + 0.4)
-        + 12.0 * np.sin(0.09 * y - 0.06 * z + 1.1 + contrast)
-        + 10.0 * np.sin(0.13 * z + 0.04 * x * (1 if contrast % 2 else -1))
-    )
+    x, y, z = points / HEAD_SIZE
+    u, v, w = x / 52.0, y / 64.0, z / 48.0
+    radius = np.sqrt(u**2 + v**2 + w**2)
+    # Lobes, a flat base: many affine maps take an ellipsoid to itself, and none takes this shape to itself.
+    lobes = 0.55 * u**2 * w + 0.5 * v * w * (1.0 + v) + 0.35 * u * v * w - 0.2 * u * v**2
+    radius = radius * (1.0 + 0.5 * lobes / (0.3 + radius**3)) + 0.12 * np.maximum(0.0, -w - 0.35)
 
-    def blob(cx: float, cy: float, cz: float, size: float) -> Matrix:
-        return np.exp(-((x - cx) ** 2 + (y - cy) ** 2 + (z - cz) ** 2) / (2.0 * size**2))
+    def edge(distance: Matrix, width: float) -> Matrix:
+        """1 where ``distance`` (mm) is negative, 0 where it is positive."""
+        return 1.0 / (1.0 + np.exp(np.clip(distance / width, -60.0, 60.0)))
 
-    shapes = 50.0 * blob(-30, 35, 10, 12) - 55.0 * blob(10, -40, -15, 14) - 45.0 * blob(-20, -10, 25, 10)
-    sign = -1.0 if contrast == 2 else 1.0
-    tumour = (25.0, 80.0, 60.0, 70.0)[contrast] * blob(30, 20, 15, 11)
+    def ball(cx: float, cy: float, cz: float, size: float, flat: float = 1.0) -> Matrix:
+        return edge(np.sqrt((x - cx) ** 2 + (y - cy) ** 2 + ((z - cz) / flat) ** 2) - size, 1.5)
+
+    inside = edge((radius - 1.0) * 52.0, 1.2)
+    # The border of the white matter winds, differently in every direction.
+    winding = 7.0 * np.sin(0.31 * x + 0.12 * y + 0.4) * np.cos(0.27 * z - 0.09 * y) + 5.0 * np.sin(0.29 * y - 0.17 * z)
+    white = edge((radius - 0.75) * 52.0 + winding, 1.5)
+    fluid = ball(-9, 8, 6, 11, 0.6) + ball(10, -4, 9, 9, 0.8) + ball(2, -34, -16, 8)
+    deep = ball(-20, -8, -6, 8) + ball(17, 28, -8, 7) + ball(-26, 26, 14, 6)
+    tumour = ball(24, 16, 12, 10)
+    grey, gain, dark, lesion = ((75, 45, -70, 10), (75, 40, -65, 80), (110, -40, 70, 60), (85, 20, -60, 70))[contrast]
     ripple = -1.2 * np.cos(radius * 40.0) * np.exp(-np.abs(radius - 1.1) * 8.0) * (radius > 1.05)
-    return soft * (105.0 + texture + sign * shapes + tumour) + ripple
+    return inside * (grey + gain * white + dark * fluid - 0.4 * gain * deep + lesion * tumour) + ripple
 
 
 def write_image(path: Path, data: Matrix, affine: Matrix) -> Path:

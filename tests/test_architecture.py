@@ -197,12 +197,6 @@ def test_a_model_whose_parts_disagree(change: dict[str, Any]) -> None:
         ModelSpec(**change)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the coarsest code of a 16x16x16 grid is one voxel, which instance normalisation refuses: "
-    "training and export end in PyTorch's bare ValueError instead of a ConfigurationError",
-)
 def test_a_grid_too_small_for_instance_norm_is_refused() -> None:
     import torch
 

@@ -89,7 +89,7 @@ def test_of_a_rotation_it_is_one(grid: Geometry, helpers: Any) -> None:
 def test_of_a_quadratic_map_it_is_exact_inside(grid: Geometry, helpers: Any) -> None:
     """d_i(x) = x'Q_i x + B x: central differences of a quadratic are its derivative, det(I + 2 Q x + B)."""
     rng = np.random.default_rng(1)
-    q = rng.normal(scale=2e-3, size=(3, 3, 3))
+    q = rng.normal(scale=6e-3, size=(3, 3, 3))
     q = (q + q.transpose(0, 2, 1)) / 2
     b = rng.normal(scale=0.05, size=(3, 3))
     points = helpers.world_points(grid.affine, SHAPE) - grid.center.reshape(3, 1, 1, 1)
@@ -101,7 +101,7 @@ def test_of_a_quadratic_map_it_is_exact_inside(grid: Geometry, helpers: Any) -> 
     inner = (slice(1, -1),) * 3
     np.testing.assert_allclose(got[inner], want[inner], atol=2e-4)
     # Half a voxel off at the border, where the differences are one-sided.
-    assert np.abs(got - want).max() < 0.1
+    assert np.abs(got - want).max() < 0.3
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 12, 13, 100])
@@ -217,7 +217,15 @@ def test_a_corner_fades_at_least_as_fast_as_a_face(cube: DisplacementField) -> N
         assert diagonal <= straight + 1e-6 <= np.linalg.norm(corner) + 1e-5
 
 
-@pytest.mark.parametrize("spacing", [(3.0, 3.0, 3.0), (2.0, 3.0, 4.0), (1.0, 1.0, 5.0)], ids=str)
+@pytest.mark.parametrize(
+    "spacing",
+    [
+        (3.0, 3.0, 3.0),
+        (2.0, 3.0, 4.0),
+        (1.0, 1.0, 5.0),
+    ],
+    ids=str,
+)
 def test_a_field_is_zero_at_the_margin_along_every_axis(helpers: Any, spacing: tuple[float, ...]) -> None:
     """Zero beyond ``margin_mm``, to a voxel; on a grid of unequal spacing too."""
     margin, shape = 12.0, (6, 5, 4)

@@ -246,10 +246,6 @@ def test_a_full_disk_at_the_end_of_a_folder_is_an_output_error(tmp_path: Path, f
     assert tree(tmp_path) == {}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="whole_folder: a failing rename leaves .NAME-old-* behind; at the second one the old folder stays in it",
-)
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_full_disk_while_overwriting_a_folder_does_not_lose_the_old_one(
     tmp_path: Path, failing_replace: Any, after: int
@@ -321,7 +317,6 @@ def test_overwriting_a_set_removes_what_is_stale(tmp_path: Path) -> None:
     assert tree(folder) == {"a": "new", "other": "kept"}
 
 
-@pytest.mark.xfail(strict=True, reason="whole_set removes stale files without overwrite too")
 def test_without_overwrite_nothing_of_an_earlier_run_is_removed(tmp_path: Path) -> None:
     """A file that would be removed as stale is data as well: refuse, or leave it."""
     folder = fill(tmp_path / "case", stale="hand-corrected labels")
@@ -344,7 +339,6 @@ def test_a_full_disk_at_the_end_of_a_set_is_an_output_error(tmp_path: Path, fail
     assert tree(folder) == {"a": "old"}
 
 
-@pytest.mark.xfail(strict=True, reason="whole_set removes stale files before the new ones are in place")
 def test_a_full_disk_while_replacing_does_not_remove_stale_files_first(
     tmp_path: Path, failing_replace: Any
 ) -> None:

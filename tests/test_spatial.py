@@ -99,13 +99,13 @@ def test_a_large_potential_is_not() -> None:
     np.testing.assert_allclose(got[0].numpy(), identity() - 1.0 + 2.0 * sigmoid(np.array(-10.0)), atol=1e-5)
 
 
-@pytest.mark.parametrize("head", ("gradient", "potential"))
-@pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_every_coordinate_increases_along_its_own_axis(head: Any, scale: float) -> None:
-    flow = random_flow(scale, seed=4, shape=(16, 16, 16)).clamp(-6.0, 6.0)
+# Beyond these a float32 coordinate stands still, no more.
+@pytest.mark.parametrize(("head", "bound"), [("gradient", 6.0), ("potential", 1.5)])
+def test_every_coordinate_increases_along_its_own_axis(head: Any, bound: float) -> None:
+    flow = bound * torch.tanh(random_flow(3.0, seed=4, shape=(16, 16, 16)))
     coords = coordinates(flow, head)
     phi = spatial_gradients(flow, head)
-    assert 0.0 < float(phi.min()) and float(phi.max()) < 2.0
+    assert float(phi.min()) > 0.0 and float(phi.max()) < 2.0
     for axis in range(3):
         assert float(coords[:, axis].diff(dim=axis + 1).min()) > 0.0
     # The other axes are free: this flow folds.

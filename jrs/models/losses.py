@@ -11,7 +11,12 @@ from torch.nn import functional
 
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """Cross-entropy with one weight a class, the weighted mean over voxels. Voxels labelled -1 do not count."""
+    """Cross-entropy with one weight a class, the weighted mean over voxels.
+
+    Voxels labelled -1 do not count; where none is known the loss is zero.
+    """
+    if not (labels >= 0).any():
+        return logits.float().sum() * 0.0
     return functional.cross_entropy(logits.float(), labels, class_weights, ignore_index=-1)
 
 
@@ -43,6 +48,25 @@ def diffusion(displacement: Tensor) -> Tensor:
     for axis in (2, 3, 4):
         total = total + displacement.diff(dim=axis).square().mean()
     return total / 3.0
+
+
+def folding(displacement: Tensor, margin: float = 0.1) -> Tensor:
+    """Mean over voxels of max(0, margin - det d(x + u)/dx), by forward differences of u (N,3,X,Y,Z) in voxels.
+
+    Zero wherever the map keeps its orientation with some room; elsewhere it grows with the depth of the fold.
+    """
+    inner = displacement[:, :, :-1, :-1, :-1]
+    columns = [
+        displacement[:, :, 1:, :-1, :-1] - inner,
+        displacement[:, :, :-1, 1:, :-1] - inner,
+        displacement[:, :, :-1, :-1, 1:] - inner,
+    ]
+    for axis in range(3):
+        unit = torch.zeros(1, 3, 1, 1, 1, device=displacement.device)
+        unit[0, axis] = 1.0
+        columns[axis] = columns[axis] + unit
+    determinant = (columns[0] * torch.linalg.cross(columns[1], columns[2], dim=1)).sum(dim=1)
+    return torch.relu(margin - determinant).mean()
 
 
 def soft_dice(prediction: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -23,6 +23,7 @@ class LossConfig:
         structure_dice: of the soft Dice of warped anatomical structures, where labels exist.
         structures_per_step: how many structures, drawn at random, that term warps at once.
         diffusion: of the mean squared gradient of the displacement (voxels).
+        folding: of the depth of folds, where the Jacobian determinant falls below 0.1.
     """
 
     similarity: float = 1.0
@@ -34,6 +35,7 @@ class LossConfig:
     structure_dice: float = 0.0
     structures_per_step: int = 8
     diffusion: float = 0.0
+    folding: float = 0.0
 
 
 @dataclass(frozen=True)

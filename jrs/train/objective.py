@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from jrs.models.losses import (
     diffusion,
+    folding,
     gradient_l1,
     masked_mse,
     soft_dice,
@@ -38,6 +39,8 @@ def joint_loss(
             terms["gradient_l1"] = gradient_l1(spatial_gradients(output.flow, architecture.head))
         if config.diffusion:
             terms["diffusion"] = diffusion(displacement(output.coords_vox))
+        if config.folding:
+            terms["folding"] = folding(displacement(output.coords_vox))
         if config.structure_dice and batch.moving_structures is not None and batch.fixed_structures is not None:
             terms["structure_dice"] = _structure_dice(output, batch, config, generator)
     if output.moving_logits is not None and output.fixed_logits is not None:

@@ -1,0 +1,173 @@
+"""Affine pre-alignment: known misplacements of a textured, asymmetric head are found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from jrs.errors import BadDataError
+from jrs.geometry import Geometry
+from jrs.runtime.affine import foreground_box, register_affine
+from jrs.volume import Volume
+
+pytest.importorskip("SimpleITK")
+
+SHAPE = (44, 48, 42)
+RADII = (39.0, 48.0, 36.0)
+
+
+def volume(data: np.ndarray, affine: np.ndarray, name: str = "image.nii.gz") -> Volume:
+    return Volume(np.ascontiguousarray(data, dtype=np.float32), Geometry(data.shape, affine), Path(name))
+
+
+def misplacement(helpers: Any, degrees: tuple[float, float, float], linear: np.ndarray, shift: Any) -> np.ndarray:
+    matrix = np.eye(4)
+    matrix[:3, :3] = helpers.rotation(degrees) @ linear
+    matrix[:3, 3] = shift
+    return matrix
+
+
+def moving_image(helpers: Any, truth: np.ndarray, contrast: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The head after A, on an oblique LPS grid: data(y) = head(A^-1 y)."""
+    affine = helpers.grid_affine(SHAPE, (2.4, 2.6, 2.4), "LPS", (4, -3, 6), tuple(truth[:3, 3] + 3.0))
+    return helpers.head(helpers.world_points(np.linalg.inv(truth) @ affine, SHAPE), contrast), affine
+
+
+@pytest.fixture(scope="module")
+def fixed(helpers: Any) -> Volume:
+    affine = helpers.grid_affine(SHAPE, (2.4, 2.5, 2.4), "RAS", center=(2, -3, 1))
+    return volume(helpers.head(helpers.world_points(affine, SHAPE)), affine, "atlas.nii.gz")
+
+
+def corners() -> np.ndarray:
+    """Corners of the box that just holds the head, (8,3): the worst places for an affine."""
+    signs = np.array([(a, b, c) for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)])
+    return signs * np.array(RADII) / np.sqrt(3) * 1.2
+
+
+def worst_mm(got: np.ndarray, truth: np.ndarray) -> float:
+    difference = nib.affines.apply_affine(got, corners()) - nib.affines.apply_affine(truth, corners())
+    return float(np.linalg.norm(difference, axis=1).max())
+
+
+CASES = {
+    "identity": ((0, 0, 0), np.eye(3), (0, 0, 0)),
+    "shifted": ((0, 0, 0), np.eye(3), (25, -40, 30)),
+    "turned": ((6, -5, 7), np.eye(3), (6, -8, 5)),
+    "scaled": ((3, 2, -4), np.diag([1.08, 0.94, 1.05]), (-5, 10, 4)),
+    "sheared": ((-4, 5, 3), np.array([[1.02, 0.06, 0], [0, 0.97, -0.05], [0.03, 0, 1.0]]), (3, 3, -9)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_known_misplacement_is_found(fixed: Volume, helpers: Any, name: str) -> None:
+    truth = misplacement(helpers, *CASES[name])
+    data, affine = moving_image(helpers, truth)
+    found = register_affine(volume(data, affine), fixed, threads=1)
+    assert worst_mm(found.matrix, truth) < 2.0
+    np.testing.assert_array_equal(found.matrix[3], (0, 0, 0, 1))
+    assert found.metric_after <= found.metric_before < 0
+
+
+def test_another_contrast_is_aligned_too(fixed: Volume, helpers: Any) -> None:
+    """Mutual information: a T2-like image, its lesions inverted, to a T1."""
+    truth = misplacement(helpers, (5, -4, 6), np.diag([1.03, 0.98, 1.02]), (6, -8, 5))
+    data, affine = moving_image(helpers, truth, contrast=2)
+    found = register_affine(volume(data, affine), fixed, threads=1)
+    assert worst_mm(found.matrix, truth) < 4.0
+
+
+def test_rigid_gives_a_rotation(fixed: Volume, helpers: Any) -> None:
+    truth = misplacement(helpers, (6, -5, 7), np.eye(3), (12, -8, 5))
+    data, affine = moving_image(helpers, truth)
+    found = register_affine(volume(data, affine), fixed, "rigid", threads=1)
+    linear = found.matrix[:3, :3]
+    np.testing.assert_allclose(linear @ linear.T, np.eye(3), atol=1e-6)
+    assert np.linalg.det(linear) == pytest.approx(1.0, abs=1e-6)
+    assert worst_mm(found.matrix, truth) < 2.0
+
+
+def test_rigid_does_not_scale_what_is_larger(fixed: Volume, helpers: Any) -> None:
+    truth = misplacement(helpers, (3, 2, -4), 1.08 * np.eye(3), (4, 3, 2))
+    data, affine = moving_image(helpers, truth)
+    found = register_affine(volume(data, affine), fixed, "rigid", threads=1)
+    assert np.linalg.det(found.matrix[:3, :3]) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def as_stored(fixed: Volume, helpers: Any) -> np.ndarray:
+    """What is found for the scaled head as it is stored, LPS."""
+    data, affine = moving_image(helpers, misplacement(helpers, *CASES["scaled"]))
+    return register_affine(volume(data, affine), fixed, threads=1).matrix
+
+
+@pytest.mark.parametrize("codes", ["RAS", "PSR", "IAL"])
+def test_the_result_does_not_depend_on_how_the_images_are_stored(
+    fixed: Volume, helpers: Any, codes: str, as_stored: np.ndarray
+) -> None:
+    data, affine = moving_image(helpers, misplacement(helpers, *CASES["scaled"]))
+    turned = helpers.stored_as(data, affine, codes)
+    assert turned[0].shape != data.shape or not np.array_equal(turned[0], data)
+    atlas = helpers.stored_as(np.asarray(fixed.data), np.asarray(fixed.geometry.affine), codes[::-1])
+    got = register_affine(volume(*turned), volume(*atlas), threads=1).matrix
+    assert worst_mm(got, as_stored) < 0.1
+
+
+def test_the_same_images_give_the_same_result(fixed: Volume, helpers: Any) -> None:
+    data, affine = moving_image(helpers, misplacement(helpers, *CASES["shifted"]))
+    one, two = (register_affine(volume(data, affine), fixed, threads=1) for _ in range(2))
+    np.testing.assert_array_equal(one.matrix, two.matrix)
+
+
+# Refusals -------------------------------------------------------------------------------------------------
+
+
+def refusal(moving: Volume, fixed: Volume) -> str:
+    with pytest.raises(BadDataError) as caught:
+        register_affine(moving, fixed, threads=1)
+    message = str(caught.value)
+    assert "\n" not in message and "; " in message
+    return message
+
+
+def test_an_empty_image_is_refused(fixed: Volume) -> None:
+    empty = volume(np.zeros((20, 20, 20)), np.diag([5.0, 5, 5, 1]), "empty.nii.gz")
+    assert "empty.nii.gz" in refusal(empty, fixed)
+    assert "empty.nii.gz" in refusal(fixed, empty)
+    negative = volume(np.full((20, 20, 20), -3.0), np.diag([5.0, 5, 5, 1]), "negative.nii.gz")
+    assert "negative.nii.gz" in refusal(negative, fixed)
+
+
+def test_a_speck_is_refused(fixed: Volume) -> None:
+    data = np.zeros((20, 20, 20))
+    data[10, 10, 10:13] = 100.0
+    assert "speck.nii.gz" in refusal(volume(data, np.diag([5.0, 5, 5, 1]), "speck.nii.gz"), fixed)
+
+
+def test_images_that_hardly_overlap_are_refused(helpers: Any) -> None:
+    """A crumb, however it is placed, covers next to nothing of a head."""
+    affine = helpers.grid_affine((24, 24, 24), (8.0, 8.0, 8.0), "RAS")
+    large = volume(helpers.head(helpers.world_points(affine, (24, 24, 24))), affine, "large.nii.gz")
+    data = np.zeros((20, 20, 20))
+    data[7:13, 7:13, 7:13] = np.random.default_rng(0).uniform(50, 100, (6, 6, 6))
+    crumb = volume(data, np.diag([1.0, 1.0, 1.0, 1.0]), "crumb.nii.gz")
+    message = refusal(crumb, large)
+    assert "crumb.nii.gz" in message and "large.nii.gz" in message and "--affine" in message
+
+
+# The box --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "SAR"])
+def test_the_box_holds_the_foreground_in_the_world(helpers: Any, codes: str) -> None:
+    affine = helpers.grid_affine((20, 20, 20), (2.0, 3.0, 4.0), "RAS", center=(10, -5, 7))
+    data = np.zeros((20, 20, 20), dtype=np.float32)
+    data[4:15, 6:17, 5:12] = 100.0
+    data[0, 0, 0] = 100.0  # a hot voxel does not stretch it
+    lower, upper = foreground_box(volume(*helpers.stored_as(data, affine, codes)))
+    np.testing.assert_allclose(lower, nib.affines.apply_affine(affine, (4, 6, 5)), atol=1e-9)
+    np.testing.assert_allclose(upper, nib.affines.apply_affine(affine, (14, 16, 11)), atol=1e-9)

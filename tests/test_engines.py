@@ -1,0 +1,315 @@
+"""Every backend computes what onnx's own reference and PyTorch compute, and says so when it cannot run."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jrs.errors import BackendError, JrsError, UsageError
+from jrs.runtime import engines
+from jrs.runtime.engines import EngineOptions, available_backends, choose_backend, open_engine
+
+onnx = pytest.importorskip("onnx")
+reference = pytest.importorskip("onnx.reference")
+
+SHAPE = (8, 6, 10)
+BACKENDS = available_backends()
+ONE = EngineOptions("fp32", 1)
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    sizes = {"w1": (4, 2, 3, 3, 3), "b1": (4,), "w2": (6, 4, 2, 2, 2), "b2": (6,)}
+    return {name: rng.normal(scale=0.3, size=size).astype(np.float32) for name, size in sizes.items()}
+
+
+@pytest.fixture(scope="module")
+def graph(weights: Mapping[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """image (1,2,X,Y,Z) to code1 (residual 3x3x3 convolution, ReLU) and code2 (2x2x2, stride 2)."""
+    h = onnx.helper
+    nodes = [
+        h.make_node("Conv", ["image", "w1", "b1"], ["a"], kernel_shape=[3, 3, 3], pads=[1] * 6),
+        h.make_node("Relu", ["a"], ["code1"]),
+        h.make_node("Conv", ["code1", "w2", "b2"], ["b"], kernel_shape=[2, 2, 2], strides=[2, 2, 2]),
+        h.make_node("Relu", ["b"], ["code2"]),
+    ]
+    value = h.make_tensor_value_info
+    half = [n // 2 for n in SHAPE]
+    model = h.make_model(
+        h.make_graph(
+            nodes,
+            "encoder",
+            [value("image", 1, [1, 2, *SHAPE])],
+            [value("code1", 1, [1, 4, *SHAPE]), value("code2", 1, [1, 6, *half])],
+            [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()],
+        ),
+        opset_imports=[h.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    path = tmp_path_factory.mktemp("engine") / "bundle7" / "encoder.onnx"
+    path.parent.mkdir()
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture
+def image() -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(1, 2, *SHAPE)).astype(np.float32)
+
+
+def by_reference(graph: Path, image: np.ndarray) -> Any:
+    """code1 and code2 as onnx's own evaluator computes them."""
+    return reference.ReferenceEvaluator(str(graph)).run(None, {"image": image})
+
+
+def worst(got: np.ndarray, want: np.ndarray) -> float:
+    """Largest error relative to the deviation."""
+    return float(np.abs(got.astype(float) - want).max() / want.std())
+
+
+# The same numbers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_agrees_with_onnx_reference_and_torch(
+    graph: Path, image: np.ndarray, weights: Mapping[str, np.ndarray], backend: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    expected = by_reference(graph, image)
+    w = {name: torch.from_numpy(array) for name, array in weights.items()}
+    code1 = torch.relu(torch.nn.functional.conv3d(torch.from_numpy(image), w["w1"], w["b1"], padding=1))
+    code2 = torch.relu(torch.nn.functional.conv3d(code1, w["w2"], w["b2"], stride=2))
+    with open_engine(graph, "encoder", backend, ONE) as engine:
+        got = engine({"image": image})
+        assert (engine.info.backend, engine.info.device, engine.info.precision) == (backend, "CPU", "fp32")
+    assert list(got) == ["code1", "code2"]
+    for name, onnx_says, torch_says in zip(got, expected, (code1.numpy(), code2.numpy()), strict=True):
+        assert got[name].dtype == np.float32
+        assert worst(got[name], onnx_says) < 1e-5
+        assert worst(got[name], torch_says) < 1e-5
+
+
+@pytest.mark.skipif("openvino" not in BACKENDS, reason="needs OpenVINO")
+def test_bf16_is_near_and_says_so(graph: Path, image: np.ndarray) -> None:
+    expected = by_reference(graph, image)
+    with open_engine(graph, "encoder", "openvino", EngineOptions("bf16", 1)) as engine:
+        got = engine({"image": image})
+        assert engine.info.precision == "bf16"
+    for name, want in zip(("code1", "code2"), expected, strict=True):
+        assert got[name].dtype == np.float32
+        assert worst(got[name], want) < 0.08
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("threads", [None, 1, 2])
+def test_threads_do_not_change_the_numbers(graph: Path, image: np.ndarray, backend: str, threads: int | None) -> None:
+    want = by_reference(graph, image)[1]
+    with open_engine(graph, "encoder", backend, EngineOptions("fp32", threads)) as engine:
+        assert worst(engine({"image": image})["code2"], want) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_are_not_changed_and_results_stay(graph: Path, image: np.ndarray, backend: str) -> None:
+    before = image.copy()
+    image.setflags(write=False)
+    with open_engine(graph, "encoder", backend, ONE) as engine:
+        first = engine({"image": image})
+        kept = {name: array.copy() for name, array in first.items()}
+        second = engine({"image": -2.0 * image})
+        assert not np.array_equal(second["code1"], first["code1"])
+        again = engine({"image": image})
+    np.testing.assert_array_equal(image, before)
+    for name, array in first.items():
+        # A later run must not overwrite an earlier one's results: an atlas's codes are kept.
+        np.testing.assert_array_equal(array, kept[name])
+        np.testing.assert_array_equal(again[name], kept[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_outlive_the_engine(graph: Path, image: np.ndarray, backend: str) -> None:
+    with open_engine(graph, "encoder", backend, ONE) as engine:
+        result = engine({"image": image})["code1"]
+        kept = result.copy()
+    del engine
+    gc.collect()
+    np.testing.assert_array_equal(result, kept)
+
+
+def test_the_transformer_runs_where_the_custom_op_does() -> None:
+    """OpenVINO has no 5-D GridSample: whatever the backend, this graph goes to ONNX Runtime, in FP32."""
+    from scipy import ndimage
+
+    from jrs.resources import DATA
+
+    volume = np.random.default_rng(2).normal(size=(1, 1, 5, 6, 7)).astype(np.float32)
+    coords = np.random.default_rng(3).uniform(0, 4, (1, 3, 4, 4, 4)).astype(np.float32)
+    want = ndimage.map_coordinates(volume[0, 0], coords[0].astype(float), order=1)
+    for backend, precision in (("openvino", "bf16"), ("ort-cpu", "fp32")):
+        options = EngineOptions(precision, 1)
+        with open_engine(DATA / "graphs" / "sampler.onnx", "transformer", backend, options) as engine:
+            assert (engine.info.backend, engine.info.precision) == ("ort-cpu", "fp32")
+            np.testing.assert_allclose(engine({"volume": volume, "coords": coords})["sampled"][0, 0], want, atol=1e-5)
+
+
+# Choosing -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let find_spec know only the named libraries."""
+
+    def only(*names: str) -> None:
+        real = importlib.util.find_spec
+
+        def find_spec(name: str, *rest: Any) -> Any:
+            if name in ("openvino", "onnxruntime"):
+                return object() if name in names else None
+            return real(name, *rest)
+
+        monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+
+    return only
+
+
+def refusal(kind: type[JrsError], *arguments: Any) -> str:
+    with pytest.raises(JrsError) as caught:
+        choose_backend(*arguments)
+    message = str(caught.value)
+    assert type(caught.value) is kind, message
+    assert "\n" not in message
+    return message
+
+
+def test_auto_prefers_openvino_in_fp32(installed: Any) -> None:
+    installed("openvino", "onnxruntime")
+    assert available_backends() == ["openvino", "ort-cpu"]
+    assert choose_backend() == ("openvino", "fp32")
+    assert choose_backend("auto", "bf16") == ("openvino", "bf16")
+    assert choose_backend("ort-cpu") == ("ort-cpu", "fp32")
+    installed("onnxruntime")
+    assert available_backends() == ["ort-cpu"]
+    assert choose_backend() == ("ort-cpu", "fp32")
+
+
+def test_an_unknown_backend_or_precision_lists_the_valid_ones() -> None:
+    message = refusal(UsageError, "tensorflow")
+    assert "tensorflow" in message
+    assert all(name in message for name in ("auto", "openvino", "ort-cpu"))
+    message = refusal(UsageError, "auto", "int8")
+    assert "int8" in message
+    assert all(name in message for name in ("auto", "fp32", "bf16"))
+
+
+def test_a_backend_that_is_not_installed_says_what_to_install(installed: Any) -> None:
+    installed("onnxruntime")
+    assert "pip install openvino" in refusal(BackendError, "openvino")
+    assert "openvino" in refusal(BackendError, "auto", "bf16")
+    installed()
+    assert "pip install" in refusal(BackendError, "auto")
+    assert "pip install onnxruntime" in refusal(BackendError, "ort-cpu")
+
+
+def test_a_precision_that_a_backend_does_not_offer_is_refused(graph: Path) -> None:
+    with pytest.raises(BackendError, match="fp32"):
+        open_engine(graph, "encoder", "ort-cpu", EngineOptions("bf16", 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_library_that_cannot_be_imported_is_one_line(
+    graph: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    library = engines._BACKENDS[backend][0]
+    monkeypatch.setitem(sys.modules, library, None)  # what a broken install looks like
+    with pytest.raises(BackendError) as caught:
+        open_engine(graph, "encoder", backend, ONE)
+    assert backend in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Damage ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("content", [b"", b"not a graph" * 50, None], ids=["empty", "text", "absent"])
+def test_a_graph_that_cannot_be_loaded_is_named(
+    tmp_path: Path, backend: str, content: bytes | None
+) -> None:
+    path = tmp_path / "bundle7" / "encoder.onnx"
+    path.parent.mkdir()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BackendError) as caught:
+        open_engine(path, "encoder", backend, ONE)
+    message = str(caught.value)
+    assert "bundle7/encoder.onnx" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_that_do_not_fit_are_one_line(graph: Path, backend: str) -> None:
+    wrong = np.zeros((1, 3, *SHAPE), dtype=np.float32)
+    with open_engine(graph, "encoder", backend, ONE) as engine:
+        for inputs in ({"image": wrong}, {"picture": wrong[:, :2]}):
+            with pytest.raises(BackendError) as caught:
+                engine(inputs)
+            message = str(caught.value)
+            assert backend in message and "bundle7/encoder.onnx" in message and "\n" not in message
+
+
+# Leaving --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_leaving_releases_the_backends_memory(graph: Path, image: np.ndarray, backend: str) -> None:
+    with open_engine(graph, "encoder", backend, ONE) as engine:
+        engine({"image": image})
+        native = weakref.ref(engine._native)  # type: ignore[attr-defined]
+        assert native() is not None
+    gc.collect()
+    assert native() is None
+    with pytest.raises(BackendError):
+        engine({"image": image})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_error_inside_is_not_swallowed(graph: Path, backend: str) -> None:
+    with pytest.raises(ZeroDivisionError), open_engine(graph, "encoder", backend, ONE):
+        raise ZeroDivisionError
+
+
+# A real bundle --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_network_of_a_bundle_agrees_with_torch(tiny_bundle: Path, backend: str) -> None:
+    torch = pytest.importorskip("torch")
+    from jrs.bundle import Bundle
+    from jrs.models.checkpoint import load_checkpoint
+    from jrs.runtime.network import Network
+
+    net = load_checkpoint(tiny_bundle.parent / "tiny.safetensors").network()
+    rng = np.random.default_rng(5)
+    moving, fixed = (rng.normal(size=(1, 4, 32, 32, 32)).astype(np.float32) for _ in range(2))
+    with torch.no_grad():
+        want = net(torch.from_numpy(moving), torch.from_numpy(fixed))
+    with Network(Bundle.open(tiny_bundle), backend, "fp32", 1) as network:
+        codes = {name: network.encode(array) for name, array in (("moving", moving), ("fixed", fixed))}
+        probabilities = network.segment(codes["moving"])
+        registered = network.register(moving, codes["moving"], codes["fixed"])
+        assert network.info.backend == backend
+    assert list(codes["moving"]) == ["code1", "code2", "code3", "code4", "code5"]
+    assert probabilities.shape == (4, 32, 32, 32)
+    np.testing.assert_allclose(probabilities, want.moving_probabilities.numpy()[0], atol=1e-3)
+    np.testing.assert_allclose(probabilities.sum(axis=0), 1.0, atol=1e-5)
+    # The displacement head: the flow itself is u, in voxels.
+    np.testing.assert_allclose(registered.displacement, want.flow.numpy(), atol=1e-3)
+    np.testing.assert_allclose(registered.moved, want.moved.numpy(), atol=5e-3)
+    assert np.abs(registered.displacement).max() > 0.05
