@@ -165,20 +165,20 @@ class Phantom:
 
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> Phantom:
-    """Native grid: oblique, LPS, 40x42x38 at about 5 mm. Atlas: LAS, 4.5 mm, another size."""
+    """Native grid: oblique, LPS, 40x42x38 at about 3.3 mm. Atlas: LAS, 3 mm, another size."""
     root = tmp_path_factory.mktemp("phantom")
     truth = np.eye(4)
     truth[:3, :3] = rotation((4.0, -5.0, 6.0)) @ np.diag([1.04, 0.97, 1.02])
     truth[:3, 3] = (6.0, -8.0, 5.0)
     shape = (40, 42, 38)
-    affine = grid_affine(shape, (4.8, 5.0, 5.2), "LPS", (3.0, 2.0, -4.0), (5.0, -9.0, 4.0))
+    affine = grid_affine(shape, (3.2, 3.4, 3.3), "LPS", (3.0, 2.0, -4.0), (5.0, -9.0, 4.0))
     points = world_points(np.linalg.inv(truth) @ affine, shape)
     folder = root / "native"
     for contrast, modality in enumerate(MODALITIES):
         data = head(points, contrast).astype(np.float32)
         write_image(folder / f"case7_{modality}.nii.gz", data, affine)
     atlas_shape = (38, 44, 36)
-    atlas_affine = grid_affine(atlas_shape, (4.5, 4.5, 4.5), "LAS", center=(1.0, -2.0, 0.5))
+    atlas_affine = grid_affine(atlas_shape, (3.0, 3.0, 3.0), "LAS", center=(1.0, -2.0, 0.5))
     data = head(world_points(atlas_affine, atlas_shape)).astype(np.float32)
     atlas = write_image(root / "phantom_atlas.nii.gz", data, atlas_affine)
     return Phantom(folder, atlas, truth)
@@ -186,7 +186,7 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> Phantom:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of random weights on 32x32x32 voxels of 6 mm: a field of a few mm, labels of all four classes."""
+    """A bundle of random weights on 32x32x32 voxels of 5 mm: a field of a few mm, labels of all four classes."""
     import torch
 
     from jrs.architecture import Architecture
@@ -202,7 +202,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         torch.manual_seed(11)
         architecture = Architecture(base_channels=4, norm="instance", head="displacement")
-        spec = ModelSpec(architecture=architecture, grid=GridSpec((32, 32, 32), (6.0, 6.0, 6.0)))
+        spec = ModelSpec(architecture=architecture, grid=GridSpec((32, 32, 32), (5.0, 5.0, 5.0)))
         net = JointNet(architecture).eval()
         assert net.segmentation is not None and net.registration is not None
         moving, fixed = parity_images(spec)
@@ -214,9 +214,9 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
             net.segmentation.output.weight *= scale.view(-1, 1, 1, 1, 1)
             net.segmentation.output.bias.copy_((net.segmentation.output.bias - middle) * scale)
             net.segmentation.output.bias[0] += 3.0
-            # At most half a voxel: 3 mm.
+            # At most 0.6 voxels: 3 mm.
             flow = net(moving, fixed).flow
-            net.registration.output.weight *= 0.5 / flow.abs().max()
+            net.registration.output.weight *= 0.6 / flow.abs().max()
         Checkpoint(spec, net.state_dict()).save(folder / "tiny.safetensors")
         return export_bundle(folder / "tiny.safetensors", folder / "tiny").folder
     finally:

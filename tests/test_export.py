@@ -90,7 +90,8 @@ def random_network(spec: ModelSpec, seed: int) -> JointNet:
                 parameter.normal_(std=0.1)
         a, b = net.encoder(moving), net.encoder(fixed)
         if net.registration is not None:
-            net.registration.output.weight *= 0.3 / net.flow(a, b).std()
+            scale = 0.5 / net.flow(a, b).std(dim=(0, 2, 3, 4))
+            net.registration.output.weight *= scale.view(-1, 1, 1, 1, 1)
         if net.segmentation is not None:
             logits, bias = net.segmentation(a), net.segmentation.output.bias
             assert bias is not None
@@ -344,7 +345,7 @@ def both_ways(export: Export) -> tuple[dict[str, Array], dict[str, Array]]:
 def test_fp32_graphs_compute_what_pytorch_computes(exports: dict[str, Export], kind: str) -> None:
     got, want = both_ways(exports[kind])
     assert got.keys() == want.keys()
-    assert float(want["displacement"].std()) > 0.1
+    assert float(want["displacement"].std()) > 0.01
     for name, value in want.items():
         assert got[name].dtype == np.float32 and got[name].shape == value.shape
         np.testing.assert_allclose(got[name], value, atol=1e-4, rtol=1e-4, err_msg=name)

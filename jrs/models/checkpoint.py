@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from jrs.bundle import MANIFEST, Bundle
 from jrs.errors import ConfigurationError, MissingInputError
 from jrs.files import whole_file
 from jrs.manifest import ModelSpec
 from jrs.models.network import JointNet
+from jrs.resources import DATA
 from jrs.schema import decode, encode
 
 FORMAT_VERSION = 1
@@ -65,13 +68,16 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint, or of a run's folder its best one (else its last).
+    """Read a checkpoint file, of a run's folder its best one (else its last), or the weights of a bundle.
 
+    A bundle is a folder with a manifest or a shipped name (``default``).
     Raises MissingInputError if there is none, ConfigurationError if the file is not one of ours.
     """
     from safetensors import SafetensorError, safe_open
 
     path = find_checkpoint(Path(path))
+    if (path / MANIFEST).exists():
+        return _from_bundle(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -92,8 +98,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint file that ``path`` means: itself, or the best or last one of a run's folder."""
+    """What ``path`` means: itself, the best or last file of a run's folder, or the folder of a bundle."""
+    if not path.exists() and path.parent == Path() and (DATA / "bundles" / path / MANIFEST).exists():
+        return DATA / "bundles" / path
     if path.is_dir():
+        if (path / MANIFEST).exists():
+            return path
         for name in ("best.safetensors", "last.safetensors"):
             if (path / name).exists():
                 return path / name
@@ -105,3 +115,27 @@ def find_checkpoint(path: Path) -> Path:
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _from_bundle(folder: Path) -> Checkpoint:
+    """The weights inside a bundle's graphs, whose initialisers keep the network's names."""
+    import onnx
+    from onnx import numpy_helper
+
+    bundle = Bundle.open(folder)
+    spec = bundle.manifest.model
+    expected = JointNet(spec.architecture).state_dict()
+    weights: dict[str, Tensor] = {}
+    for graph in ("encoder", "segmentation", "registration"):
+        if graph not in bundle.manifest.graphs:
+            continue
+        for tensor in onnx.load(bundle.graph(graph)).graph.initializer:
+            name = graph + "." + tensor.name.split(".", 1)[-1]
+            if name in expected:
+                # A norm's parameters are stored in the shape that they multiply with.
+                value = torch.from_numpy(numpy_helper.to_array(tensor).astype("float32"))
+                weights[name] = value.reshape(expected[name].shape)
+    missing = sorted(set(expected) - set(weights))
+    if missing:
+        raise ConfigurationError(f"{folder}: its graphs lack the weights {missing[0]}; export it again from a checkpoint")
+    return Checkpoint(spec, weights, {"from_bundle": bundle.name, **bundle.manifest.training})
