@@ -83,7 +83,7 @@ def _swap(path: Path, new: Path) -> None:
         try:
             new.replace(path)
         except OSError:
-            os.rename(retired / path.name, path)
+            (retired / path.name).rename(path)
             raise
     finally:
         remove_tree(retired)

@@ -265,9 +265,7 @@ def _pane(picture: Picture, plane: _Plane, alt: str, key: str) -> str:
     )
 
 
-def _pictures(
-    looks: Mapping[str, _Look], field: DisplacementField | None, affine: FloatArray, modality: str
-) -> str:
+def _pictures(looks: Mapping[str, _Look], field: DisplacementField | None, affine: FloatArray, modality: str) -> str:
     away, here, there, point = _views(looks, field, affine)
     planes = {"case": away, "atlas": here, "moved": here}
     grey = {key: {n: looks[key].grey(plane) for n, plane in planes[key].items()} for key in planes}

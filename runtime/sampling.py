@@ -6,6 +6,8 @@ half a voxel outside the image takes the value ``outside``, as in ITK; ``outside
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -19,41 +21,64 @@ Array = npt.NDArray[np.float32]
 
 _SLAB_VOXELS = 2_000_000
 """Voxels of the target worked on at once: bounds the memory for coordinates to some 24 MB."""
+_WORTH_A_THREAD = 20_000
+"""Points from which on more than one thread pays."""
 
 
-@lru_cache(maxsize=4)
-def _session(threads: int | None) -> Any:
+@lru_cache(maxsize=1)
+def _session() -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if threads:
-        options.intra_op_num_threads = threads
+    # The kernel would split work by channel alone; pieces of the target on threads of our own scale further.
+    options.intra_op_num_threads = 1
     graph = resources.files("jrs").joinpath("data/graphs/sampler.onnx").read_bytes()
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
+@lru_cache(maxsize=2)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="jrs-sample")
+
+
 def sample(data: npt.ArrayLike, coords: Array, outside: float | None = 0.0, threads: int | None = None) -> Array:
     """Sample ``data`` (C,X,Y,Z) at ``coords`` (3,x,y,z) voxels, giving float32 (C,x,y,z)."""
-    volume = np.ascontiguousarray(data, dtype=np.float32)
-    coords = np.ascontiguousarray(coords, dtype=np.float32)
-    sampled: Array = _session(threads).run(None, {"volume": volume[None], "coords": coords[None]})[0][0]
-    if outside is not None:
-        inside = np.ones(coords.shape[1:], dtype=bool)
-        for axis, n in enumerate(volume.shape[1:]):
-            inside &= (coords[axis] >= -0.5) & (coords[axis] <= n - 0.5)
-        if not inside.all():
-            sampled[:, ~inside] = outside
-    return sampled
+    volume = np.ascontiguousarray(data, dtype=np.float32)[None]
+    count = coords.shape[1]
+    out = np.empty((volume.shape[1], *coords.shape[1:]), dtype=np.float32)
+    workers = threads or min(8, os.cpu_count() or 1)
+    pieces = min(workers, count) if out[0].size > _WORTH_A_THREAD else 1
+
+    def work(start: int, stop: int) -> None:
+        part = np.ascontiguousarray(coords[:, start:stop], dtype=np.float32)
+        sampled = _session().run(None, {"volume": volume, "coords": part[None]})[0][0]
+        if outside is not None:
+            inside = _inside(part, volume.shape[2:])
+            if not inside.all():
+                sampled[:, ~inside] = outside
+        out[:, start:stop] = sampled
+
+    bounds = [round(i * count / pieces) for i in range(pieces + 1)]
+    if pieces == 1:
+        work(0, count)
+    else:
+        list(_pool(workers).map(work, bounds[:-1], bounds[1:]))
+    return out
+
+
+def _inside(coords: Array, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """Which points lie within half a voxel of the image."""
+    inside = np.ones(coords.shape[1:], dtype=bool)
+    for axis, n in enumerate(shape):
+        inside &= (coords[axis] >= -0.5) & (coords[axis] <= n - 0.5)
+    return inside
 
 
 def sample_nearest(data: npt.NDArray[Any], coords: Array, outside: int = 0) -> npt.NDArray[Any]:
     """The value of the nearest voxel of ``data`` (X,Y,Z) at ``coords`` (3,x,y,z), of the same type."""
-    inside = np.ones(coords.shape[1:], dtype=bool)
-    index = []
-    for axis, n in enumerate(data.shape):
-        inside &= (coords[axis] >= -0.5) & (coords[axis] <= n - 0.5)
-        index.append(np.clip(np.rint(coords[axis]), 0, n - 1).astype(np.intp))
+    inside = _inside(coords, data.shape)
+    index = [np.clip(np.rint(coords[axis]), 0, n - 1).astype(np.intp) for axis, n in enumerate(data.shape)]
     values: npt.NDArray[Any] = np.where(inside, data[tuple(index)], data.dtype.type(outside))
     return values
 
@@ -67,6 +92,31 @@ def affine_coords(shape: Shape, matrix: FloatArray, start: int = 0, stop: int | 
         plane = (matrix[row, 0] * i)[:, None] + (matrix[row, 1] * j + matrix[row, 3])[None, :]
         np.add(plane[:, :, None], (matrix[row, 2] * k)[None, None, :], out=coords[row], casting="same_kind")
     return coords
+
+
+def sample_along_axes(data: Array, matrix: FloatArray, shape: Shape, start: int, stop: int) -> Array | None:
+    """``sample(data, affine_coords(shape, matrix, start, stop))`` where ``matrix`` keeps the axes apart, else None.
+
+    Trilinear interpolation is then three products with banded matrices, several times faster than a point at a
+    time. ``data`` (C,X,Y,Z) falls to zero outside.
+    """
+    linear = matrix[:3, :3]
+    used = np.abs(linear) > 1e-9 * np.abs(linear).max()
+    if not ((used.sum(axis=0) == 1).all() and (used.sum(axis=1) == 1).all()):
+        return None
+    target_axes = used.argmax(axis=1)
+    ranges = [(start, stop), (0, shape[1]), (0, shape[2])]
+    out = data
+    # The slab's own axis first: what follows then works on its planes alone.
+    for axis in sorted(range(3), key=lambda a: target_axes[a] != 0):
+        low, high = ranges[target_axes[axis]]
+        position = linear[axis, target_axes[axis]] * np.arange(low, high) + matrix[axis, 3]
+        n = data.shape[axis + 1]
+        weights = np.maximum(0.0, 1.0 - np.abs(np.clip(position, 0, n - 1)[:, None] - np.arange(n)[None, :]))
+        weights[(position < -0.5) | (position > n - 0.5)] = 0.0
+        product = np.tensordot(weights.astype(np.float32), out, axes=(1, axis + 1))
+        out = np.moveaxis(product, 0, axis + 1)
+    return np.ascontiguousarray(out.transpose(0, *(int(a) + 1 for a in np.argsort(target_axes))))
 
 
 def slabs(shape: Shape) -> list[tuple[int, int]]:

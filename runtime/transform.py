@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from jrs.fields import DisplacementField
 from jrs.geometry import FloatArray, Geometry
-from jrs.runtime.sampling import affine_coords, sample, slabs
+from jrs.runtime.sampling import affine_coords, sample, sample_along_axes, slabs
 
 Array = npt.NDArray[np.float32]
 
@@ -39,8 +39,11 @@ class Transform:
         """``field`` (3,x,y,z) mm at the voxels of ``grid``, planes ``start`` to ``stop``; zero without one."""
         if field is None:
             return np.zeros((3, stop - start, *grid.shape[1:]), dtype=np.float32)
-        coords = affine_coords(grid.shape, field.geometry.inverse @ grid.affine, start, stop)
-        return sample(field.vectors_mm, coords, 0.0, self.threads)
+        matrix = field.geometry.inverse @ grid.affine
+        aligned = sample_along_axes(field.vectors_mm, matrix, grid.shape, start, stop)
+        if aligned is not None:
+            return aligned
+        return sample(field.vectors_mm, affine_coords(grid.shape, matrix, start, stop), 0.0, self.threads)
 
     def forward(self, fixed: Geometry) -> Iterator[tuple[slice, Array, Array]]:
         """Slab by slab of the fixed grid: which planes, A(x + u(x)) (3,...) RAS mm, and x + u(x) likewise."""
@@ -83,12 +86,14 @@ class Transform:
         out = np.empty((3, *moving.shape), dtype=np.float32)
         for start, stop in slabs(moving.shape):
             z = affine_coords(moving.shape, back.affine, start, stop)
-            x = z + self.displaced(self.inverse_displacement, back, start, stop)
+            v = self.displaced(self.inverse_displacement, back, start, stop)
             if self.field is not None:
-                # One more step on this grid takes away what interpolating v has cost.
-                matrix = self.field.geometry.inverse
-                coords = _apply(matrix[:3, :3], matrix[:3, 3], x)
-                x = z - sample(self.field.vectors_mm, coords, 0.0, self.threads)
+                # One more step on this grid, where there is a displacement, takes away what interpolating v cost.
+                where = np.abs(v).max(axis=0) > _INVERSION_TOLERANCE_MM
+                points = (z[:, where] + v[:, where])[:, :, None, None]
+                coords = to_voxel_coords(points, self.field.geometry)
+                v[:, where] = -sample(self.field.vectors_mm, coords, 0.0, self.threads)[:, :, 0, 0]
+            x = z + v
             out[:, start:stop] = x - affine_coords(moving.shape, moving.affine, start, stop)
         return DisplacementField(out, moving)
 

@@ -10,6 +10,7 @@ import torch
 
 from jrs.models.losses import (
     diffusion,
+    folding,
     gradient_l1,
     masked_mse,
     soft_dice,
@@ -155,6 +156,43 @@ def test_diffusion_of_simple_fields() -> None:
     stretch = torch.zeros_like(grid)
     stretch[:, 0] = 2 * grid[:, 0]
     assert scalar(diffusion(stretch)) == pytest.approx(4.0 / 3.0 / 3.0, rel=1e-6)
+
+
+def fold_loss(u: Array, margin: float) -> float:
+    """Voxel by voxel: the determinant of the 3x3 matrix of forward differences of x + u."""
+    values = []
+    for n in range(u.shape[0]):
+        for i, j, k in np.ndindex(*(side - 1 for side in u.shape[2:])):
+            here = u[n, :, i, j, k]
+            steps = [u[n, :, i + 1, j, k] - here, u[n, :, i, j + 1, k] - here, u[n, :, i, j, k + 1] - here]
+            values.append(max(0.0, margin - float(np.linalg.det(np.eye(3) + np.stack(steps, axis=1)))))
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize("margin", [0.1, 0.5])
+def test_folding(margin: float) -> None:
+    field = 0.6 * normal(2, 3)
+    expected = fold_loss(wide(field), margin)
+    assert expected > 0.01
+    assert scalar(folding(field, margin)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_folding_of_simple_fields() -> None:
+    x = torch.tensor(np.indices(SHAPE), dtype=torch.float32)[None]
+    mirrored, squeezed = torch.zeros_like(x), torch.zeros_like(x)
+    mirrored[:, 0], squeezed[:, 1] = -2.0 * x[:, 0], -0.95 * x[:, 1]
+    assert scalar(folding(torch.zeros_like(x))) == 0.0
+    assert scalar(folding(0.3 * x)) == 0.0
+    assert scalar(folding(mirrored)) == pytest.approx(1.1, rel=1e-5)
+    assert scalar(folding(squeezed)) == pytest.approx(0.05, rel=1e-3)
+
+
+def test_folding_is_mended_by_its_gradient() -> None:
+    field = (0.6 * normal(1, 3)).requires_grad_()
+    before = folding(field)
+    before.backward()
+    assert field.grad is not None
+    assert scalar(folding(field - 0.1 * field.grad / field.grad.abs().max())) < scalar(before)
 
 
 # Dice -----------------------------------------------------------------------------------------------------

@@ -137,5 +137,5 @@ def _from_bundle(folder: Path) -> Checkpoint:
                 weights[name] = value.reshape(expected[name].shape)
     missing = sorted(set(expected) - set(weights))
     if missing:
-        raise ConfigurationError(f"{folder}: its graphs lack the weights {missing[0]}; export it again from a checkpoint")
+        raise ConfigurationError(f"{folder}: its graphs lack the weights {missing[0]}; export it again")
     return Checkpoint(spec, weights, {"from_bundle": bundle.name, **bundle.manifest.training})
