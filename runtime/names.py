@@ -58,3 +58,16 @@ class OutputNames:
     def report_html(self) -> str:
         """The report for the eye."""
         return f"{self.case}_report.html"
+
+    def everything(self) -> list[str]:
+        """Every name that a run of this case against this atlas may have written."""
+        return [
+            self.labels_native,
+            self.labels_moved,
+            *(self.moved(modality) for modality in _SUFFIX),
+            self.field,
+            self.inverse_field,
+            self.jacobian,
+            self.report_json,
+            self.report_html,
+        ]

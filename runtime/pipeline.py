@@ -133,6 +133,8 @@ class Pipeline:
         clock = _Clock(self.progress)
         start = time.perf_counter()
         spec = self.network.bundle.manifest.model
+        path = atlas_path(atlas)
+        label = atlas_label(path, str(atlas) if path != Path(atlas) else None)
         with clock.stage("read_case"):
             moving = load_case(
                 case,
@@ -141,10 +143,10 @@ class Pipeline:
                 default_channels=spec.channels,
                 modalities=options.modalities,
             )
-        fixed = self._fixed_image(atlas, clock)
         if options.keep_clear_of is not None:
-            names = OutputNames(moving.name, fixed.label)
+            names = OutputNames(moving.name, label)
             refuse_existing(options.keep_clear_of / moving.name, [names.report_json, names.field], overwrite=False)
+        fixed = self._fixed_image(path, label, clock)
         warnings = _notes(moving, spec.channels)
         with clock.stage("affine"):
             affine, quality = self._affine(moving, fixed.case, options.affine)
@@ -210,8 +212,7 @@ class Pipeline:
             warnings=tuple(warnings),
         )
 
-    def _fixed_image(self, atlas: str | Path, clock: _Clock) -> FixedImage:
-        path = atlas_path(atlas)
+    def _fixed_image(self, path: Path, label: str, clock: _Clock) -> FixedImage:
         stamp = path.stat()
         key = f"{path.resolve()}:{stamp.st_mtime_ns}:{stamp.st_size}"
         if key not in self._fixed:
@@ -220,10 +221,9 @@ class Pipeline:
                 case = load_case(path, default_channels=spec.channels)
             with clock.stage("encode_atlas"):
                 grid = place_grid(spec.grid, next(iter(case.images.values())))
-                inputs = network_input(case.images, spec, grid, threads=self.threads)
+                inputs = network_input(case.images, spec, grid, threads=self.threads, whose=f"the atlas {path}")
                 codes = self.network.encode(inputs.tensor)
-            shipped = str(atlas) if path != Path(atlas) else None
-            self._fixed[key] = FixedImage(atlas_label(path, shipped), case, grid, inputs, codes)
+            self._fixed[key] = FixedImage(label, case, grid, inputs, codes)
         return self._fixed[key]
 
     def _affine(self, moving: Case, fixed: Case, wanted: str) -> tuple[FloatArray, dict[str, Any] | None]:

@@ -17,6 +17,8 @@ from jrs.volume import Volume, foreground_mask
 
 Array = npt.NDArray[np.float32]
 
+_CASE = "the case"
+
 
 @dataclass(frozen=True)
 class NetworkInput:
@@ -44,6 +46,7 @@ def network_input(
     grid: Geometry,
     moving_from_fixed: FloatArray | None = None,
     threads: int | None = None,
+    whose: str = _CASE,
 ) -> NetworkInput:
     """Resample each modality onto ``grid`` through the affine A (fixed to moving, RAS mm) and normalise it.
 
@@ -52,12 +55,13 @@ def network_input(
     present = tuple(channel in images for channel in spec.channels)
     if not any(present):
         raise UsageError(
-            f"none of the modalities {', '.join(images) or '(none)'} is known to this bundle; "
+            f"none of the modalities of {whose} ({', '.join(images)}) is known to this bundle; "
             f"it takes {', '.join(spec.channels)}"
         )
     for channel, there in zip(spec.channels, present, strict=True):
         if not there and channel not in spec.optional_channels:
-            raise UsageError(f"modality {channel} is missing and this bundle needs it; pass --{channel} FILE")
+            remedy = f"pass --{channel} FILE" if whose == _CASE else "give a folder that has it"
+            raise UsageError(f"{whose} lacks modality {channel}, which this bundle needs; {remedy}")
     intensities = np.zeros((len(spec.channels), *grid.shape), dtype=np.float32)
     tensor = np.zeros_like(intensities)
     for index, channel in enumerate(spec.channels):

@@ -141,10 +141,8 @@ class Result:
 
         folder = Path(out) / self.case.name
         files = self.outputs()
-        names = self.names
-        every = [names.labels_native, names.labels_moved, names.inverse_field]
         start = time.perf_counter()
-        with whole_set(folder, list(files.values()), every, overwrite) as temporary:
+        with whole_set(folder, list(files.values()), self.names.everything(), overwrite) as temporary:
             jobs: list[Callable[[], None]] = [
                 lambda: save_field(temporary / files["field"], self.field),
                 *([self._writer_of_inverse(temporary)] if self.inverse_field is not None else []),

@@ -274,15 +274,16 @@ def test_the_inverse_field_leads_back(run: Run, helpers: Any, phantom: Any) -> N
         sitk.DisplacementFieldTransform(sitk.ReadImage(str(run.folder / name), sitk.sitkVectorFloat64))
         for name in (FIELD, INVERSE)
     )
-    smooth = ndimage.minimum_filter(run.data(JACOBIAN), 5) > 0.7
+    smooth = ndimage.minimum_filter(run.data(JACOBIAN), 5) > 0.6
     smooth &= ndimage.binary_erosion(foreground(np.asarray(nib.load(phantom.atlas).dataobj)), iterations=3)
-    points = helpers.world_points(run.affine(FIELD), smooth.shape)[:, smooth].T[::7]
+    points = helpers.world_points(run.affine(FIELD), smooth.shape)[:, smooth].T
     assert len(points) > 100
     error = []
     for point in (points * [-1, -1, 1]).tolist():
         error.append(np.linalg.norm(np.subtract(inverse.TransformPoint(forward.TransformPoint(point)), point)))
-    assert np.percentile(error, 95) < 0.5
-    assert np.max(error) < 2.0
+    # This field is rough: what 3 mm voxels interpolate of it is most of the error.
+    assert np.median(error) < 0.25
+    assert np.percentile(error, 95) < 1.0
 
 
 # The report -----------------------------------------------------------------------------------------------
@@ -340,7 +341,8 @@ def test_folding_and_jacobian_are_those_of_the_file(run: Run, phantom: Any) -> N
     report = run.report["jacobian"]
     # The file is rounded to 2^-12: a value next to zero may count on either side.
     low, high = (100.0 * (jacobian[brain] <= edge).mean() for edge in (-1e-3, 1e-3))
-    assert low <= report["folding_percent"] <= high
+    assert low - 1e-4 <= report["folding_percent"] <= high + 1e-4
+    assert 0.0 < high < 1.0  # the phantom's field folds a little
     assert report["inside_tumor"] == pytest.approx(jacobian[tumour].mean(), abs=1e-3)
     assert report["outside_tumor"] == pytest.approx(jacobian[brain & ~tumour].mean(), abs=1e-3)
     assert run.result.folding_percent == pytest.approx(report["folding_percent"], rel=1e-4, abs=1e-9)
@@ -443,7 +445,6 @@ def test_saving_twice_is_refused_and_overwriting_drops_stale_files(
     assert {path.name for path in folder.iterdir()} == EVERY - {SEG_NATIVE, SEG_MOVED, INVERSE} | {"notes.txt"}
 
 
-@pytest.mark.xfail(strict=True, reason="Result.save: moved modalities of an earlier run are not among the stale files")
 def test_overwriting_drops_modalities_that_are_gone(quick: Callable[..., Result], tmp_path: Path) -> None:
     folder = quick().save(tmp_path)
     quick(modality="t1").save(tmp_path, overwrite=True)
@@ -478,7 +479,6 @@ def test_a_refusal_comes_before_the_case_is_aligned_or_encoded(
     assert len(calls) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="Pipeline.infer encodes a new atlas before it refuses to overwrite")
 def test_a_refusal_comes_before_the_atlas_is_encoded(
     tiny_bundle: Path, phantom: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -594,7 +594,6 @@ def test_a_modality_that_the_bundle_needs_is_asked_for(
         opened.infer(phantom.folder, phantom.folder, affine="off", segment=False, inverse=False)
 
 
-@pytest.mark.xfail(strict=True, reason="a modality missing from the atlas is reported as one missing from the case")
 def test_a_modality_that_the_atlas_lacks_is_said_of_the_atlas(
     phantom: Any, changed_bundle: Callable[..., Path]
 ) -> None:
@@ -672,19 +671,19 @@ def folder_stored_as(phantom: Any, helpers: Any, folder: Path, codes: str) -> Pa
 def test_a_case_stored_in_another_orientation_gives_the_same(
     pipeline: Pipeline, phantom: Any, truth_file: Path, helpers: Any, tmp_path: Path, codes: str
 ) -> None:
-    """Same field on the atlas, same labels mapped back. Rounding alone differs: 1e-3 mm, a few ties."""
+    """Same field on the atlas, same labels mapped back; rounding alone differs (measured: 2e-5 mm, no label)."""
     folder = folder_stored_as(phantom, helpers, tmp_path / codes, codes)
     want = pipeline.infer(phantom.folder, phantom.atlas, affine=str(truth_file))
     got = pipeline.infer(folder, phantom.atlas, affine=str(truth_file))
     assert got.native.orientation == codes != want.native.orientation
-    assert np.abs(got.field.vectors_mm - want.field.vectors_mm).max() < 5e-3
-    assert np.abs(got.jacobian - want.jacobian).max() < 5e-3
+    assert np.abs(got.field.vectors_mm - want.field.vectors_mm).max() < 1e-3
+    assert np.abs(got.jacobian - want.jacobian).max() < 1e-3
     for modality in MODALITIES:
-        assert np.abs(got.moved[modality] - want.moved[modality]).max() < 0.3
-    assert (got.labels_moved == want.labels_moved).mean() > 0.9995
+        assert np.abs(got.moved[modality] - want.moved[modality]).max() < 0.05
+    assert (got.labels_moved == want.labels_moved).mean() > 0.9999
     back, _ = helpers.stored_as(got.labels_native, np.asarray(got.native.affine), want.native.orientation)
     assert back.shape == want.labels_native.shape
-    assert (back == want.labels_native).mean() > 0.9995
+    assert (back == want.labels_native).mean() > 0.9999
     assert got.volumes_ml["native"]["WT"] == pytest.approx(want.volumes_ml["native"]["WT"], rel=1e-3)
     for axis in range(3):
         lps = np.asarray(got.inverse_field.vectors_mm[axis])
@@ -701,12 +700,12 @@ def test_an_atlas_stored_in_another_orientation_gives_the_same(
     atlas = helpers.write_image(tmp_path / "phantom_atlas.nii.gz", np.ascontiguousarray(data), affine)
     want = pipeline.infer(phantom.folder, phantom.atlas, affine=str(truth_file), inverse=False)
     got = pipeline.infer(phantom.folder, atlas, affine=str(truth_file), inverse=False)
-    assert (got.labels_native == want.labels_native).mean() > 0.9995
+    assert (got.labels_native == want.labels_native).mean() > 0.9999
     back, _ = helpers.stored_as(got.moved["t1"], np.asarray(got.fixed.geometry.affine), "LAS")
-    assert np.abs(back - want.moved["t1"]).max() < 0.3
+    assert np.abs(back - want.moved["t1"]).max() < 0.05
     for axis in range(3):
         turned, _ = helpers.stored_as(got.field.vectors_mm[axis], np.asarray(got.fixed.geometry.affine), "LAS")
-        assert np.abs(turned - want.field.vectors_mm[axis]).max() < 5e-3
+        assert np.abs(turned - want.field.vectors_mm[axis]).max() < 1e-3
 
 
 @pytest.mark.slow

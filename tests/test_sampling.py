@@ -12,7 +12,14 @@ from scipy import ndimage
 
 from jrs.geometry import Geometry
 from jrs.runtime import sampling
-from jrs.runtime.sampling import affine_coords, resample_affine, sample, sample_nearest, slabs
+from jrs.runtime.sampling import (
+    affine_coords,
+    resample_affine,
+    sample,
+    sample_along_axes,
+    sample_nearest,
+    slabs,
+)
 
 SHAPE = (9, 7, 6)
 ORIENTATIONS = [
@@ -130,6 +137,23 @@ def test_inputs_are_not_changed(image: np.ndarray) -> None:
     np.testing.assert_array_equal(coords, before[1])
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_pieces_on_threads_do_not_show(image: np.ndarray, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    rng = np.random.default_rng(8)
+    coords = (rng.uniform(-2, 10, (3, 7, 13, 11))).astype(np.float32)
+    want = np.stack([ndimage.map_coordinates(c, coords.astype(float), order=1, mode="nearest") for c in image])
+    outside = np.zeros(coords.shape[1:], dtype=bool)
+    for axis, n in enumerate(SHAPE):
+        outside |= (coords[axis] < -0.5) | (coords[axis] > n - 0.5)
+    want[:, outside] = -3.0
+    monkeypatch.setattr(sampling, "_WORTH_A_THREAD", 10)
+    np.testing.assert_allclose(sample(image, coords, -3.0, threads), want, atol=5e-4)
+
+
+def test_no_points_at_all(image: np.ndarray) -> None:
+    assert sample(image, np.zeros((3, 0, 1, 1), dtype=np.float32), 0.0, 1).shape == (2, 0, 1, 1)
+
+
 def test_an_axis_of_one_voxel() -> None:
     plane = np.arange(12, dtype=np.float32).reshape(1, 4, 3, 1)
     coords = np.array([1.5, 1.0, 0.3], dtype=np.float32).reshape(3, 1, 1, 1)
@@ -146,6 +170,31 @@ def test_affine_coords_are_the_matrix_times_the_index(helpers: Any) -> None:
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, want, atol=1e-5)
     np.testing.assert_array_equal(affine_coords(SHAPE, matrix, 3, 7), got[:, 3:7])
+
+
+@pytest.mark.parametrize("codes", ORIENTATIONS)
+def test_along_axes_it_is_trilinear_too(image: np.ndarray, helpers: Any, codes: str) -> None:
+    """Between grids whose axes are parallel, in any of the 48 ways, partly outside, whole and in slabs."""
+    source = helpers.grid_affine(SHAPE, (1.5, 2.0, 3.0), "LPS", center=(3, 2, 1))
+    shape = (11, 10, 9)
+    target = helpers.grid_affine(shape, (1.3, 2.3, 1.9), codes, center=(4.1, 0.2, 2.3))
+    matrix = np.linalg.inv(source) @ target
+    coords = np.moveaxis(nib.affines.apply_affine(matrix, np.moveaxis(np.indices(shape), 0, -1)), -1, 0)
+    want = np.stack([ndimage.map_coordinates(c.astype(float), coords, order=1, mode="nearest") for c in image])
+    for axis, n in enumerate(SHAPE):
+        want[:, (coords[axis] < -0.5) | (coords[axis] > n - 0.5)] = 0.0
+    assert 0.1 < (want == 0).mean() < 0.9
+    got = sample_along_axes(image, matrix, shape, 0, 11)
+    assert got is not None and got.dtype == np.float32 and got.flags.c_contiguous
+    np.testing.assert_allclose(got, want, atol=5e-4)
+    slab = sample_along_axes(image, matrix, shape, 3, 8)
+    np.testing.assert_allclose(slab, want[:, 3:8], atol=5e-4)
+
+
+@pytest.mark.parametrize("degrees", [(0.0, 0.0, 0.001), (5.0, 0.0, 0.0), (45.0, 45.0, 0.0)], ids=str)
+def test_turned_grids_have_no_separate_axes(image: np.ndarray, helpers: Any, degrees: Any) -> None:
+    matrix = helpers.grid_affine(SHAPE, (1.0, 1.0, 1.0), "RAS", degrees)
+    assert sample_along_axes(image, matrix, SHAPE, 0, 9) is None
 
 
 @pytest.mark.parametrize("bound", [1, 10, 100, 10**6])

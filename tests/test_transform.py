@@ -53,11 +53,12 @@ def affine(helpers: Any) -> np.ndarray:
     return matrix
 
 
-@pytest.fixture
-def fixed(helpers: Any) -> Geometry:
-    """Oblique and anisotropic, within the network's grid."""
+@pytest.fixture(params=["oblique", "aligned"])
+def fixed(helpers: Any, request: pytest.FixtureRequest) -> Geometry:
+    """Anisotropic, within the network's grid; along the world's axes there is a shorter way to sample."""
     shape = (23, 20, 16)
-    return Geometry(shape, helpers.grid_affine(shape, (3.5, 4.0, 5.0), "LAS", (6, -4, 9), (0, -4, 2)))
+    degrees = (6, -4, 9) if request.param == "oblique" else (0, 0, 0)
+    return Geometry(shape, helpers.grid_affine(shape, (3.5, 4.0, 5.0), "LAS", degrees, (0, -4, 2)))
 
 
 @pytest.fixture

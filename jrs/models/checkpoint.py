@@ -87,10 +87,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise ConfigurationError(
             f"{path}: is not a checkpoint of jrs; give a .safetensors file written by jrs train or import-weights"
         ) from error
-    if header.get("format_version") != FORMAT_VERSION:
-        raise ConfigurationError(f"{path}: format version {header.get('format_version')} is unknown; update jrs")
+    version = header.get("format_version") if isinstance(header, dict) else None
+    if version != FORMAT_VERSION:
+        raise ConfigurationError(f"{path}: format version {version} is unknown; update jrs")
     return Checkpoint(
-        spec=decode(ModelSpec, header["spec"], f"{path}: spec"),
+        spec=decode(ModelSpec, header.get("spec"), f"{path}: spec"),
         weights=_part(tensors, _MODEL),
         training=header.get("training", {}),
         optimizer=_part(tensors, _OPTIMIZER),
@@ -137,5 +138,8 @@ def _from_bundle(folder: Path) -> Checkpoint:
                 weights[name] = value.reshape(expected[name].shape)
     missing = sorted(set(expected) - set(weights))
     if missing:
-        raise ConfigurationError(f"{folder}: its graphs lack the weights {missing[0]}; export it again")
+        # Equal parameters, as untrained norms have, become one initialiser of one name.
+        raise ConfigurationError(
+            f"{folder}: its graphs do not keep {missing[0]} apart; use the checkpoint it came from"
+        )
     return Checkpoint(spec, weights, {"from_bundle": bundle.name, **bundle.manifest.training})

@@ -92,9 +92,14 @@ class Trainer:
             )
         self._module.load_state_dict(checkpoint.weights)
         state = self.optimizer.state_dict()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         tensors: dict[int, dict[str, Tensor]] = {}
         for name, value in checkpoint.optimizer.items():
             index, entry = name.split(".", 1)
+            parameter = parameters[int(index)]
+            if value.shape == parameter.shape:
+                # The fused step walks memory in order: a moment has to lie there as its parameter does.
+                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             tensors.setdefault(int(index), {})[entry] = value
         self.optimizer.load_state_dict({"state": tensors, "param_groups": state["param_groups"]})
         stored = dict(checkpoint.training["progress"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -80,7 +81,9 @@ class SyntheticPairs:
     @torch.no_grad()
     def draw(self, map_index: int, number: int, fixed: bool) -> Drawn:
         """Image ``number`` of label map ``map_index``; ``fixed`` chooses the shares of a fixed image."""
-        generator = torch.Generator(self.device).manual_seed((self.seed << 32) + number)
+        # PyTorch's CPU generator keeps 32 bits of a seed, so both numbers are mixed into as many.
+        mixed = np.random.SeedSequence([self.seed, number]).generate_state(1)[0]
+        generator = torch.Generator(self.device).manual_seed(int(mixed))
         spacing = self.model.grid.spacing
         nearest = self._deformed_indices(generator, spacing)
         structures = self.structures[map_index].reshape(-1)[nearest]
