@@ -14,8 +14,9 @@ from itertools import takewhile
 from pathlib import Path
 
 from jrs.errors import MissingInputError, UsageError
+from jrs.headers import shown
 from jrs.manifest import MODALITIES
-from jrs.reading import count_channels, read_channels, read_volume, shown
+from jrs.reading import count_channels, read_channels, read_volume
 from jrs.volume import Volume
 
 ENDINGS: dict[str, tuple[str, ...]] = {

@@ -125,18 +125,17 @@ def write_image(path: Path, data: Matrix, affine: Matrix) -> Path:
     return path
 
 
-@dataclass(frozen=True)
 class Helpers:
     """The functions above, for test files: with pytest's importlib mode they cannot import this one."""
 
-    world_points: Callable[..., Matrix] = staticmethod(world_points)
-    rotation: Callable[..., Matrix] = staticmethod(rotation)
-    grid_affine: Callable[..., Matrix] = staticmethod(grid_affine)
-    stored_as: Callable[..., tuple[Matrix, Matrix]] = staticmethod(stored_as)
-    sitk_image: Callable[..., Any] = staticmethod(sitk_image)
-    sitk_array: Callable[..., Matrix] = staticmethod(sitk_array)
-    head: Callable[..., Matrix] = staticmethod(head)
-    write_image: Callable[..., Path] = staticmethod(write_image)
+    world_points = staticmethod(world_points)
+    rotation = staticmethod(rotation)
+    grid_affine = staticmethod(grid_affine)
+    stored_as = staticmethod(stored_as)
+    sitk_image = staticmethod(sitk_image)
+    sitk_array = staticmethod(sitk_array)
+    head = staticmethod(head)
+    write_image = staticmethod(write_image)
 
 
 @pytest.fixture(scope="session")

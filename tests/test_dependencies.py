@@ -148,34 +148,32 @@ class Imports(ast.NodeVisitor):
         self.relative = False
         self._inside = 0
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:  # noqa: N802
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         self._inside += 1
         self.generic_visit(node)
         self._inside -= 1
 
-    visit_AsyncFunctionDef = visit_FunctionDef  # type: ignore[assignment]  # noqa: N815
-
-    def visit_If(self, node: ast.If) -> None:  # noqa: N802
+    def visit_If(self, node: ast.If) -> None:
         # Names for the type checker alone are no dependency.
         if ast.unparse(node.test) not in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             self.generic_visit(node)
 
-    def visit_Import(self, node: ast.Import) -> None:  # noqa: N802
+    def visit_Import(self, node: ast.Import) -> None:
         self.found += [(alias.name, not self._inside) for alias in node.names]
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:  # noqa: N802
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         self.relative |= node.level > 0
         module = node.module or ""
         # from jrs import runtime imports jrs.runtime.
         names = [f"{module}.{alias.name}" for alias in node.names] if module == "jrs" else [module]
         self.found += [(name, not self._inside) for name in names]
 
-    def visit_Call(self, node: ast.Call) -> None:  # noqa: N802
+    def visit_Call(self, node: ast.Call) -> None:
         # importlib.import_module("torch") with a name that can be read.
         function = ast.unparse(node.func)
-        if function in ("importlib.import_module", "import_module", "__import__") and node.args:
-            if isinstance(node.args[0], ast.Constant):
-                self.found.append((str(node.args[0].value), not self._inside))
+        loads = function in ("importlib.import_module", "import_module", "__import__")
+        if loads and node.args and isinstance(node.args[0], ast.Constant):
+            self.found.append((str(node.args[0].value), not self._inside))
         self.generic_visit(node)
 
 

@@ -18,7 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from jrs import reading
+from jrs import headers, reading
 from jrs.errors import BadDataError, JrsError, MissingInputError, OutOfMemoryError
 from jrs.reading import count_channels, read_channels, read_geometry, read_volume
 
@@ -716,5 +716,5 @@ def test_a_name_with_a_line_break_stays_on_one_line(tmp_path: Path) -> None:
 
 
 def test_the_limits_are_the_documented_ones() -> None:
-    assert (reading.MAX_AXIS, reading.MAX_VOXELS) == (1024, 512 * 1024**2)
-    assert (reading.MIN_SPACING_MM, reading.MAX_SPACING_MM, reading.MAX_NON_FINITE) == (0.05, 50.0, 0.01)
+    assert (headers.MAX_AXIS, headers.MAX_VOXELS) == (1024, 512 * 1024**2)
+    assert (headers.MIN_SPACING_MM, headers.MAX_SPACING_MM, reading.MAX_NON_FINITE) == (0.05, 50.0, 0.01)

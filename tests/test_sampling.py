@@ -103,11 +103,7 @@ def test_it_agrees_with_simpleitk(image: np.ndarray, helpers: Any, outside: floa
     points = helpers.world_points(target, target_shape)
     coords = nib.affines.apply_affine(np.linalg.inv(source), np.moveaxis(points, 0, -1))
     coords = np.moveaxis(coords, -1, 0).astype(np.float32)
-    if nearest:
-        # An outside value that the image's type holds.
-        got = sample_nearest(image[0], coords, int(outside))
-    else:
-        got = sample(image[:1], coords, outside, 1)[0]
+    got = sample_nearest(image[0], coords, int(outside)) if nearest else sample(image[:1], coords, outside, 1)[0]
     assert 0.2 < (want == outside).mean() < 0.8  # the test sees both sides of the border
     np.testing.assert_array_equal(got == outside, want == outside)
     np.testing.assert_allclose(got, want, atol=1e-3)
