@@ -124,7 +124,7 @@ LEARNING = EVERYWHERE | {"torch", "monai", "lightning_fabric", "safetensors", "h
 LIBRARIES = {
     "core": EVERYWHERE,
     "models": LEARNING,
-    "train": LEARNING,
+    "train": LEARNING | {"rich"},  # progress on stderr
     "runtime": RUNTIME,
     "export": LEARNING | RUNTIME | {"onnx", "onnxscript"},
     "cli": LEARNING | RUNTIME | {"onnx", "onnxscript", "typer", "rich"},

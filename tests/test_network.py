@@ -334,7 +334,11 @@ def test_the_layout_in_memory_does_not_matter(norm: Any) -> None:
         close(getattr(out, name), getattr(expected, name), 1e-4)
 
 
-def test_instance_norm_of_half_precision_adds_up_in_float32() -> None:
+def test_instance_norm_of_half_precision_adds_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    normalize, seen = functional.instance_norm, []
+    monkeypatch.setattr(
+        functional, "instance_norm", lambda x, *rest: (seen.append(x.dtype), normalize(x, *rest))[1]
+    )
     norm = InstanceNorm(1, affine=True)
     with torch.no_grad():
         norm.weight.fill_(2.0)  # type: ignore[union-attr]
@@ -343,6 +347,17 @@ def test_instance_norm_of_half_precision_adds_up_in_float32() -> None:
     values = (1000.0 + 8.0 * torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(2))).half()
     got = norm(values)
     assert got.dtype == torch.float16
+    # On the CPU both types would pass below; other devices add up in the type they are given.
+    assert seen == [torch.float32]
     x = values.double().numpy()
     expected = (x - x.mean()) / np.sqrt(x.var() + 1e-5) * 2.0 + 0.5
     np.testing.assert_allclose(got.detach().double().numpy(), expected, atol=0.01)
+
+
+def test_choices_by_name_are_an_architecture() -> None:
+    assert JointNet().architecture == Architecture()
+    assert JointNet(in_channels=1, base_channels=2, merge="add").architecture == Architecture(
+        in_channels=1, base_channels=2, merge="add"
+    )
+    changed = JointNet(Architecture(in_channels=1, base_channels=2), registration=False)
+    assert changed.registration is None and changed.architecture.in_channels == 1

@@ -361,6 +361,11 @@ def train_config(spec: ModelSpec | None = None, **changes: Any) -> TrainConfig:
 def test_the_joint_loss_is_the_weighted_sum_of_its_terms() -> None:
     torch.manual_seed(0)
     net, batch = JointNet(model_spec().architecture), source().batch(0, 2)
+    present = {
+        "moving_present": torch.tensor([[1.0, 1], [1, 0]]),
+        "fixed_present": torch.tensor([[0.0, 1], [1, 1]]),
+    }
+    batch = dataclasses.replace(batch, **present)
     config = LossConfig(
         similarity=0.7,
         gradient_l1=1e-4,
@@ -399,7 +404,7 @@ def test_the_joint_loss_is_the_weighted_sum_of_its_terms() -> None:
     assert float(terms["segmentation"]) == pytest.approx(entropy, rel=1e-4)
     residual = (output.nontumor_mask * (output.moved - batch.fixed)).detach().double().numpy()
     both = (batch.moving_present * batch.fixed_present).numpy().astype(bool)
-    assert both.any()
+    assert both.tolist() == [[False, True], [True, False]]
     assert float(terms["similarity"]) == pytest.approx(
         (residual**2).mean(axis=(2, 3, 4))[both].mean(), rel=1e-4
     )

@@ -7,7 +7,9 @@ sum per level, 2x2x2 convolutions of stride 2 between levels, 1x1x1 convolutions
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,11 +131,14 @@ class Decoder(nn.Module):
 
 
 class JointNet(nn.Module):
-    """Registers a moving to a fixed image and segments both; see ``Architecture`` for the choices."""
+    """Registers a moving to a fixed image and segments both; see ``Architecture`` for the choices.
 
-    def __init__(self, architecture: Architecture | None = None) -> None:
+    ``JointNet(architecture)``, or its fields by name: ``JointNet(in_channels=1, merge="concatenate")``.
+    """
+
+    def __init__(self, architecture: Architecture | None = None, **choices: Any) -> None:
         super().__init__()
-        self.architecture = architecture if architecture is not None else Architecture()
+        self.architecture = dataclasses.replace(architecture or Architecture(), **choices)
         widths = self.architecture.widths
         self.encoder = Encoder(self.architecture)
         self.segmentation = (
