@@ -88,6 +88,8 @@ def _other(error: Exception) -> int:
         return _fail(f"{message.rstrip(chr(46))}; jrs --help lists what there is", 2)
     if os.environ.get("JRS_DEBUG"):
         raise error
+    if isinstance(error, ImportError):
+        return _fail(f"package {error.name or error} is not installed; pip install 'jrs[train]' brings it", 69)
     reason = (str(error).strip().splitlines() or ["no reason given"])[0]
     return _fail(f"internal error, {kind}: {reason}; please report it, with the traceback that JRS_DEBUG=1 shows", 70)
 

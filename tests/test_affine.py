@@ -18,6 +18,8 @@ pytest.importorskip("SimpleITK")
 
 SHAPE = (44, 48, 42)
 RADII = (39.0, 48.0, 36.0)
+OFFSET = np.array([-60.0, 85.0, 45.0])
+"""The head lies far from the world's origin, as in a scanner: centres of rotation show."""
 
 
 def volume(data: np.ndarray, affine: np.ndarray, name: str = "image.nii.gz") -> Volume:
@@ -32,21 +34,24 @@ def misplacement(helpers: Any, degrees: tuple[float, float, float], linear: np.n
 
 
 def moving_image(helpers: Any, truth: np.ndarray, contrast: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The head after A, on an oblique LPS grid: data(y) = head(A^-1 y)."""
-    affine = helpers.grid_affine(SHAPE, (2.4, 2.6, 2.4), "LPS", (4, -3, 6), tuple(truth[:3, 3] + 3.0))
-    return helpers.head(helpers.world_points(np.linalg.inv(truth) @ affine, SHAPE), contrast), affine
+    """The head after A, on an oblique LPS grid: data(y) = head(A^-1 y - offset)."""
+    center = nib.affines.apply_affine(truth, OFFSET) + 3.0
+    affine = helpers.grid_affine(SHAPE, (2.4, 2.6, 2.4), "LPS", (4, -3, 6), tuple(center))
+    points = helpers.world_points(np.linalg.inv(truth) @ affine, SHAPE) - OFFSET.reshape(3, 1, 1, 1)
+    return helpers.head(points, contrast), affine
 
 
 @pytest.fixture(scope="module")
 def fixed(helpers: Any) -> Volume:
-    affine = helpers.grid_affine(SHAPE, (2.4, 2.5, 2.4), "RAS", center=(2, -3, 1))
-    return volume(helpers.head(helpers.world_points(affine, SHAPE)), affine, "atlas.nii.gz")
+    affine = helpers.grid_affine(SHAPE, (2.4, 2.5, 2.4), "RAS", center=tuple(np.add(OFFSET, (2, -3, 1))))
+    points = helpers.world_points(affine, SHAPE) - OFFSET.reshape(3, 1, 1, 1)
+    return volume(helpers.head(points), affine, "atlas.nii.gz")
 
 
 def corners() -> np.ndarray:
     """Corners of the box that just holds the head, (8,3): the worst places for an affine."""
     signs = np.array([(a, b, c) for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)])
-    return signs * np.array(RADII) / np.sqrt(3) * 1.2
+    return OFFSET + signs * np.array(RADII) / np.sqrt(3) * 1.2
 
 
 def worst_mm(got: np.ndarray, truth: np.ndarray) -> float:

@@ -229,7 +229,6 @@ u.find_spec = lambda name, *rest: None if name == "openvino" else real(name, *re
     assert "pip install openvino" in failed(infer("--backend", "openvino", before=hidden), 69)
 
 
-@pytest.mark.xfail(strict=True, reason="verbs that need jrs[train] end with 70, internal error, ImportError")
 @pytest.mark.parametrize("verb", ["export", "import-weights", "train"])
 def test_69_where_the_training_packages_are_not_installed(verb: str, tmp_path: Path) -> None:
     """An edge device has no PyTorch: say what to install, not where the import failed."""

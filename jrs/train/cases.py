@@ -51,6 +51,8 @@ def load_manifest(path: Path) -> list[TrainingCase]:
 
 
 def _case(manifest: Path, number: int, row: dict[str, Any]) -> TrainingCase:
+    if None in row:
+        raise BadDataError(f"{manifest}: row {number} has more cells than the header; quote commas in paths")
     unknown = [key for key in row if key not in ("case", "seg", *MODALITIES)]
     if unknown:
         raise BadDataError(

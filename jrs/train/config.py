@@ -125,6 +125,10 @@ class TrainConfig:
             raise ConfigurationError("epochs, batch_size and validation_pairs must be at least 1")
         if not 0.0 < self.validation_share < 1.0:
             raise ConfigurationError("validation_share must lie between 0 and 1")
+        if self.loss.tumor_dice and self.model.architecture.num_labels not in (0, 4):
+            raise ConfigurationError(
+                f"tumor_dice knows the four BraTS classes, the model has {self.model.architecture.num_labels}; set it to 0"
+            )
         if self.model.architecture.segmentation and len(self.loss.class_weights) != len(self.model.labels):
             raise ConfigurationError(
                 f"{len(self.loss.class_weights)} class_weights for {len(self.model.labels)} labels"
