@@ -127,7 +127,7 @@ class TrainConfig:
             raise ConfigurationError("validation_share must lie between 0 and 1")
         if self.loss.tumor_dice and self.model.architecture.num_labels not in (0, 4):
             raise ConfigurationError(
-                f"tumor_dice knows the four BraTS classes, the model has {self.model.architecture.num_labels}; set it to 0"
+                f"tumor_dice knows the four BraTS classes, not {self.model.architecture.num_labels}; set it to 0"
             )
         if self.model.architecture.segmentation and len(self.loss.class_weights) != len(self.model.labels):
             raise ConfigurationError(
