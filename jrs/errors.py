@@ -58,3 +58,17 @@ class ConfigurationError(JrsError):
     """A bundle, checkpoint or configuration file is damaged or of an unknown version."""
 
     exit_code = 78
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, for a message of one line; its type where it says nothing."""
+    return (_lines(error) or [type(error).__name__])[0]
+
+
+def last_line(error: Exception) -> str:
+    """The last line, where libraries that print their whole call chain say what happened."""
+    return (_lines(error) or [type(error).__name__])[-1]
+
+
+def _lines(error: Exception) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,10 +33,7 @@ def whole_file(path: Path, suffix: str | None = None) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files private; outputs follow the user's umask as any other file does.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        _open_to_others(temporary, 0o666)
         temporary.replace(path)
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -61,9 +59,7 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         raise _cannot_write(path, error) from error
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+        _open_to_others(temporary, 0o777)
         if path.exists():
             _swap(path, temporary)
         else:
@@ -73,6 +69,18 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     finally:
         if temporary.exists():
             remove_tree(temporary)
+
+
+_UMASK_LOCK = threading.Lock()
+
+
+def _open_to_others(path: Path, mode: int) -> None:
+    """Temporary names are private; what they become follows the user's umask as any other file does."""
+    # The umask can only be read by setting it, for the whole process: one thread at a time.
+    with _UMASK_LOCK:
+        umask = os.umask(0)
+        os.umask(umask)
+    path.chmod(mode & ~umask)
 
 
 def _swap(path: Path, new: Path) -> None:

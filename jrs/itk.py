@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from jrs.errors import BadDataError, MissingInputError
+from jrs.errors import BadDataError, MissingInputError, first_line
 from jrs.fields import DisplacementField
 from jrs.files import write_text
 from jrs.geometry import FloatArray, Geometry
@@ -45,7 +45,7 @@ def load_field(path: Path) -> DisplacementField:
         data = np.asarray(image.dataobj, dtype=np.float32)  # type: ignore[attr-defined]
         code = int(image.header["intent_code"])  # type: ignore[index]
     except (OSError, ValueError, EOFError, nib.filebasedimages.ImageFileError, KeyError) as error:
-        raise BadDataError(f"{path}: cannot be read as a displacement field ({str(error).splitlines()[0]})") from error
+        raise BadDataError(f"{path}: cannot be read as a displacement field ({first_line(error)})") from error
     if data.ndim != 5 or data.shape[3:] != (1, 3) or code != 1007:
         raise BadDataError(
             f"{path}: has shape {data.shape} and intent {code}; a displacement field is (X,Y,Z,1,3) with intent 1007"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jrs.errors import BadDataError
+from jrs.errors import BadDataError, last_line
 from jrs.geometry import FloatArray, Geometry
 from jrs.runtime.sampling import resample_affine
 from jrs.volume import Volume
@@ -73,9 +73,8 @@ def register_affine(
         before = float(method.MetricEvaluate(fixed_image, moving_image))
         method.Execute(fixed_image, moving_image)
     except RuntimeError as error:
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given").strip()
         raise BadDataError(
-            f"{moving.path or 'moving image'}: cannot be aligned to {fixed.path or 'the atlas'} ({reason}); "
+            f"{moving.path or 'moving image'}: cannot be aligned to {fixed.path or 'the atlas'} ({last_line(error)}); "
             "check that both show the same part of the head, or pass --affine FILE"
         ) from error
     return AffineResult(_matrix_of(start), before, float(method.GetMetricValue()))

@@ -269,7 +269,7 @@ class _Measured:
         groups: list[tuple[Geometry, list[str], Array]] = []
         for geometry in dict.fromkeys(v.geometry for v in self.moving.images.values()):
             names = [name for name, v in self.moving.images.items() if v.geometry == geometry]
-            groups.append((geometry, names, np.stack([self.moving.images[n].data for n in names]).astype(np.float32)))
+            groups.append((geometry, names, np.stack([self.moving.images[n].data for n in names])))
         for planes, points, before_affine in self.transform.forward(grid):
             identity = _identity(grid, planes)
             field[:, planes] = points - identity

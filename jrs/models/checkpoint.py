@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jrs.bundle import MANIFEST, Bundle
-from jrs.errors import ConfigurationError, MissingInputError
+from jrs.errors import ConfigurationError, MissingInputError, last_line
 from jrs.files import whole_file
 from jrs.manifest import ModelSpec
 from jrs.models.network import JointNet
@@ -48,7 +48,7 @@ class Checkpoint:
             net.load_state_dict(self.weights)
         except RuntimeError as error:
             raise ConfigurationError(
-                f"checkpoint: its weights do not fit its architecture ({str(error).splitlines()[-1].strip()})"
+                f"checkpoint: its weights do not fit its architecture ({last_line(error)})"
             ) from error
         return net.eval()
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from jrs.architecture import CONVOLUTIONS_PER_LEVEL, LEVELS, Architecture, Merge
-from jrs.errors import BadDataError, MissingInputError
+from jrs.errors import BadDataError, MissingInputError, first_line
 from jrs.manifest import GridSpec, ModelSpec
 from jrs.models.checkpoint import Checkpoint
 from jrs.models.network import JointNet
@@ -149,8 +149,7 @@ def _read(path: Path) -> tuple[list[tuple[str, Array]], list[str]]:
                         raise BadDataError(f"{path}: weights {name} are not finite; the file is damaged")
                     weights.append((name, array))
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadDataError(f"{path}: {_NOT_OURS} ({reason}); give one of the authors' .h5 files") from error
+        raise BadDataError(f"{path}: {_NOT_OURS} ({first_line(error)}); give one of the authors' .h5 files") from error
     if not weights:
         raise BadDataError(f"{path}: {_NOT_OURS} (no layer with weights); give one of the authors' .h5 files")
     return weights, hints

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jrs.errors import BackendError, OutOfMemoryError
+from jrs.errors import BackendError, OutOfMemoryError, first_line
 from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, graph_name
 
 
@@ -29,7 +29,7 @@ class OnnxRuntimeEngine(Closing):
         try:
             self._native: Any = onnxruntime.InferenceSession(str(graph), session, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise BackendError(f"backend ort-cpu: cannot load {graph_name(graph)} ({_first_line(error)})") from error
+            raise BackendError(f"backend ort-cpu: cannot load {graph_name(graph)} ({first_line(error)})") from error
         self._outputs = [output.name for output in self._native.get_outputs()]
         self._graph = graph
         self.info = EngineInfo("ort-cpu", "CPU", "fp32")
@@ -46,9 +46,5 @@ class OnnxRuntimeEngine(Closing):
                 raise OutOfMemoryError(
                     f"{graph_name(self._graph)}: out of memory; close other programs or use a smaller grid"
                 ) from error
-            raise BackendError(f"backend ort-cpu: {graph_name(self._graph)} failed ({_first_line(error)})") from error
+            raise BackendError(f"backend ort-cpu: {graph_name(self._graph)} failed ({first_line(error)})") from error
         return dict(zip(self._outputs, results, strict=True))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jrs.errors import BackendError, OutOfMemoryError
+from jrs.errors import BackendError, OutOfMemoryError, last_line
 from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, graph_name
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -35,8 +35,7 @@ class OpenVinoEngine(Closing):
             core = openvino.Core()
             self._native: Any = core.compile_model(core.read_model(str(graph)), "CPU", settings)
         except Exception as error:
-            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-            raise BackendError(f"backend openvino: cannot compile {graph_name(graph)} ({reason})") from error
+            raise BackendError(f"backend openvino: cannot compile {graph_name(graph)} ({last_line(error)})") from error
         self._outputs = [output.get_any_name() for output in self._native.outputs]
         self._graph = graph
         self.info = EngineInfo("openvino", "CPU", options.precision)
@@ -49,7 +48,7 @@ class OpenVinoEngine(Closing):
         try:
             results = self._native(dict(inputs))
         except Exception as error:
-            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            reason = last_line(error)
             if "alloc" in reason.lower() or "memory" in reason.lower():
                 raise OutOfMemoryError(
                     f"{graph_name(self._graph)}: out of memory; close other programs or use a smaller grid"
