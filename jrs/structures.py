@@ -43,7 +43,12 @@ STRUCTURES: dict[str, int] = {
 """The 30 structures that Dice is measured on: name to FreeSurfer number, in the order of the compact index 1..30."""
 
 FIRST_EXTRACEREBRAL = 500
-"""Labels from here on (skull, scalp, eyes) lie outside the brain and are left out."""
+"""Labels from here on (skull, scalp, eyes) lie outside the brain."""
+
+_CHOROID_PLEXUS = (31, 63)
+_EXTRACEREBRAL = (502, 506, 507, 508, 509, 511, 512, 514, 515, 516, 530)
+DRAWN_CLASSES = (*TISSUES, "choroid_plexus", *(f"extracerebral_{number}" for number in _EXTRACEREBRAL))
+"""What images are drawn from: the tissues of the brain first, then what is only drawn."""
 
 
 def compact_tables() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
@@ -58,3 +63,16 @@ def compact_tables() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     for kind, numbers in _UNSCORED.items():
         tissue[list(numbers)] = TISSUES.index(kind)
     return structure, tissue
+
+
+def drawing_table() -> npt.NDArray[np.uint8]:
+    """A table over FreeSurfer numbers 0..1023 to the index in ``DRAWN_CLASSES``, the head around the brain included.
+
+    Extra-cerebral numbers that are not named count as the soft tissue around the skull (507).
+    """
+    table = compact_tables()[1]
+    table[list(_CHOROID_PLEXUS)] = DRAWN_CLASSES.index("choroid_plexus")
+    table[FIRST_EXTRACEREBRAL:] = DRAWN_CLASSES.index("extracerebral_507")
+    for number in _EXTRACEREBRAL:
+        table[number] = DRAWN_CLASSES.index(f"extracerebral_{number}")
+    return table

@@ -62,31 +62,59 @@ class SynthesisConfig:
     """How images are drawn from label maps; lengths in mm, intensities relative to white matter in T1.
 
     Attributes:
+        oversampling: label maps are kept on a grid so many times finer, for partial volumes.
         deformation_mm: largest standard deviation of the smooth random displacement.
         control_mm: distance of its control points.
+        fine_deformation_mm: the same of a second one, whose control points lie half as far apart.
         rotation_deg, scale, shift_mm: largest random affine misplacement left after pre-alignment.
+        mirror: share of pairs with left and right exchanged.
         moving_tumor, fixed_tumor: share of images with a tumour.
-        single_modality_moving, single_modality_fixed: share of images with the first channel alone.
-        drop_channel: chance of each other channel to be missing.
+        mass_effect: largest share of its radius by which a tumour pushes its surroundings away.
+        single_modality_moving, single_modality_fixed: share of images with one channel alone, mostly the first.
+        two_modalities: share of images with T1ce and FLAIR alone.
+        drop_channel: chance of each channel to be missing in the others.
+        with_skull: share of images that are not skull-stripped.
+        stripping: how far skull-stripping strays from the brain, 0 (not at all) to 1.
+        cropped: share of images whose field of view ends inside the brain.
+        thick_slices, slice_mm: share of channels seen through thick slices, and how thick at most.
+        hyperintensities, vessels: share of images with bright spots of white matter, with enhancing vessels.
+        contrast: how far the contrast between tissues strays.
         noise, bias, gamma, jitter, texture, blur: largest deviation of each.
     """
 
+    oversampling: int = 2
     deformation_mm: float = 3.5
     control_mm: float = 28.0
+    fine_deformation_mm: float = 1.0
     rotation_deg: float = 5.0
     scale: float = 0.05
     shift_mm: float = 3.0
-    moving_tumor: float = 0.75
-    fixed_tumor: float = 0.25
-    single_modality_moving: float = 0.2
-    single_modality_fixed: float = 0.4
+    mirror: float = 0.5
+    moving_tumor: float = 0.7
+    fixed_tumor: float = 0.2
+    mass_effect: float = 0.45
+    single_modality_moving: float = 0.3
+    single_modality_fixed: float = 0.5
+    two_modalities: float = 0.12
     drop_channel: float = 0.12
+    with_skull: float = 0.04
+    stripping: float = 1.0
+    cropped: float = 0.1
+    thick_slices: float = 0.3
+    slice_mm: float = 6.0
+    hyperintensities: float = 0.5
+    vessels: float = 0.7
+    contrast: float = 0.8
     noise: float = 0.06
     bias: float = 0.25
     gamma: float = 0.3
     jitter: float = 0.08
     texture: float = 0.08
     blur: float = 0.22
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.oversampling <= 4:
+            raise ConfigurationError("oversampling must lie between 1 and 4")
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from jrs.reading import read_volume
 from jrs.runtime.affine import register_affine
 from jrs.runtime.preprocess import place_grid
 from jrs.runtime.sampling import affine_coords, sample_nearest
-from jrs.schema import encode
-from jrs.structures import compact_tables
+from jrs.structures import DRAWN_CLASSES, compact_tables, drawing_table
 from jrs.volume import Volume
 
 Codes = npt.NDArray[np.uint8]
@@ -33,16 +32,20 @@ _T1 = np.array([0.0, 1.0, 0.72, 0.82, 0.30, 0.70, 0.95], dtype=np.float32)
 
 @dataclass(frozen=True)
 class LabelMaps:
-    """M maps on one grid, (M,X,Y,Z) uint8: the scored structure (0 or 1..30) and the tissue of each voxel."""
+    """M maps on one grid, (M,X,Y,Z) uint8: the scored structure (0 or 1..30) and the drawn class of each voxel.
+
+    Classes are indices in ``jrs.structures.DRAWN_CLASSES``, whose first are the tissues of the brain. The grid is
+    the network's, or it cut into ``oversampling`` parts along each axis.
+    """
 
     names: tuple[str, ...]
     structures: Tensor
-    tissues: Tensor
+    classes: Tensor
 
     def subset(self, indices: Sequence[int]) -> LabelMaps:
         """Some of the maps."""
         chosen = list(indices)
-        return LabelMaps(tuple(self.names[i] for i in chosen), self.structures[chosen], self.tissues[chosen])
+        return LabelMaps(tuple(self.names[i] for i in chosen), self.structures[chosen], self.classes[chosen])
 
 
 def find_label_maps(folder: Path) -> list[Path]:
@@ -61,27 +64,30 @@ def prepare_label_maps(
     atlas: Volume,
     cache: Path,
     progress: Callable[[str], None] = lambda text: None,
+    oversampling: int = 1,
 ) -> LabelMaps:
-    """Align each map to ``atlas`` (a skull-stripped T1) and sample it on the network's grid by nearest neighbour.
+    """Align each map to ``atlas`` (a skull-stripped T1) and sample it by nearest neighbour.
+
+    The grid is the network's, its voxels cut into ``oversampling`` parts along each axis.
 
     ``cache`` is a folder: a map that was prepared before for the same grid and atlas is taken from there.
     Raises BadDataError if a file holds no FreeSurfer label of the brain.
     """
-    structures, tissues = [], []
-    placed = place_grid(grid, atlas)
-    settings = json.dumps(encode(grid)) + placed.affine.tobytes().hex()
+    structures, classes = [], []
+    placed = place_grid(grid, atlas).refined((oversampling, oversampling, oversampling))
+    settings = json.dumps(["drawn classes", DRAWN_CLASSES, placed.shape]) + placed.affine.tobytes().hex()
     for path in files:
         key = hashlib.sha256((sha256_of(path) + settings).encode()).hexdigest()[:24]
         stored = cache / f"{key}.npz"
         if not stored.exists():
             progress(f"aligning {path.name}")
-            structure, tissue = _prepare(path, placed, atlas)
+            structure, drawn = _prepare(path, placed, atlas)
             with whole_file(stored) as temporary, temporary.open("wb") as stream:
-                np.savez_compressed(stream, structure=structure, tissue=tissue)
+                np.savez_compressed(stream, structure=structure, drawn=drawn)
         with np.load(stored) as arrays:
             structures.append(torch.from_numpy(arrays["structure"]))
-            tissues.append(torch.from_numpy(arrays["tissue"]))
-    return LabelMaps(tuple(p.name for p in files), torch.stack(structures), torch.stack(tissues))
+            classes.append(torch.from_numpy(arrays["drawn"]))
+    return LabelMaps(tuple(p.name for p in files), torch.stack(structures), torch.stack(classes))
 
 
 def _prepare(path: Path, placed: Geometry, atlas: Volume) -> tuple[Codes, Codes]:
@@ -98,4 +104,4 @@ def _prepare(path: Path, placed: Geometry, atlas: Volume) -> tuple[Codes, Codes]
     matrix = register_affine(drawn, atlas).matrix
     coords = affine_coords(placed.shape, labels.geometry.inverse @ matrix @ placed.affine)
     sampled = sample_nearest(labels.data, coords)
-    return to_structure[sampled], to_tissue[sampled]
+    return to_structure[sampled], drawing_table()[sampled]

@@ -82,7 +82,12 @@ def _sources(request: TrainRequest, config: TrainConfig) -> tuple[PairSource, Pa
 
         def load(folder: Path) -> Any:
             return prepare_label_maps(
-                find_label_maps(folder), config.model.grid, atlas, request.out / "label-maps", _say
+                find_label_maps(folder),
+                config.model.grid,
+                atlas,
+                request.out / "label-maps",
+                _say,
+                config.synthesis.oversampling,
             )
 
         maps = load(request.synthetic)

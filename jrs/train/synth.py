@@ -1,8 +1,11 @@
 """Images of any contrast drawn from label maps, with exact truth: tissue, structures, tumour.
 
-From a map: a smooth deformation and a small affine; a blob tumour in a share of the images; one random mean per
-class and contrast around a plausible one; texture, bias field, gamma, blur, noise; missing modalities. Every image
-is a function of (seed, number) alone.
+From a map: a smooth deformation on two scales, a small affine, left and right exchanged in half; lesions that grow
+and push (``jrs.train.lesions``); contrasts, artefacts and skull-stripping (``jrs.train.appearance``); missing
+modalities. Every image is a function of (seed, number) alone.
+
+Images drawn at random from label maps teach a network to read real ones: SynthMorph (Hoffmann et al. 2022, doi
+10.1109/TMI.2021.3116879), SynthSeg (Billot et al. 2023, doi 10.1016/j.media.2023.102789).
 """
 
 from __future__ import annotations
@@ -10,31 +13,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from jrs.errors import ConfigurationError
 from jrs.manifest import ModelSpec
-from jrs.structures import STRUCTURES, TISSUES
+from jrs.structures import STRUCTURES
+from jrs.train.appearance import Anatomy, joint_codes, render
 from jrs.train.batch import PairBatch, concatenate, pair_indices
 from jrs.train.config import SynthesisConfig
+from jrs.train.draws import Draws
 from jrs.train.labelmaps import LabelMaps
+from jrs.train.lesions import SEGMENTATION, Lesion, grow, mass_effect, plan_lesions
 
-# Mean of each class relative to white matter in T1. Columns: the tissues (background first), then necrosis,
-# oedema, enhancing, non-enhancing tumour.
-_CLASSES = (*TISSUES, "necrosis", "edema", "enhancing", "nonenhancing")
-_MEANS = {
-    "t1": (0.0, 1.00, 0.72, 0.82, 0.30, 0.70, 0.95, 0.50, 0.75, 0.80, 0.62),
-    "t1ce": (0.0, 1.00, 0.75, 0.84, 0.32, 0.74, 0.97, 0.48, 0.76, 1.65, 0.64),
-    "t2": (0.0, 0.50, 0.68, 0.55, 1.35, 0.66, 0.52, 1.20, 0.98, 0.90, 1.02),
-    "flair": (0.0, 0.58, 0.74, 0.64, 0.22, 0.72, 0.62, 0.85, 1.20, 1.00, 1.02),
-}
-_FIRST_TUMOR = len(TISSUES)
-_NECROSIS, _EDEMA, _ENHANCING, _NONENHANCING = range(_FIRST_TUMOR, _FIRST_TUMOR + 4)
-# Class of the segmentation for each drawn class: 1 necrotic or non-enhancing core, 2 oedema, 3 enhancing.
-_SEGMENTATION = torch.tensor([0] * _FIRST_TUMOR + [1, 2, 3, 1])
-_WHITE, _CSF = TISSUES.index("white_matter"), TISSUES.index("csf")
+# Beside its middle, two points inside each voxel: the fewest whose mean is a partial volume along every axis.
+_SAMPLES = ((0.3, 0.3, 0.3), (-0.3, -0.3, -0.3))
 
 
 @dataclass(frozen=True)
@@ -59,168 +52,156 @@ class SyntheticPairs:
         device: torch.device | None = None,
     ) -> None:
         self.device = device if device is not None else torch.device("cpu")
-        self.structures = maps.structures.to(self.device)
-        self.tissues = maps.tissues.to(self.device)
+        factors = {n // g for n, g in zip(maps.classes.shape[1:], model.grid.shape, strict=True)}
+        exact = all(n % g == 0 for n, g in zip(maps.classes.shape[1:], model.grid.shape, strict=True))
+        if len(factors) != 1 or not exact:
+            raise ConfigurationError(
+                f"label maps of {tuple(maps.classes.shape[1:])} voxels are no multiple of the grid {model.grid.shape}"
+            )
+        self.factor = factors.pop()
+        self.names_of_maps = maps.names
+        self.codes = joint_codes(maps.classes, maps.structures).to(self.device)
         self.model, self.config, self.seed = model, config, seed
+        self._mirror = _mirror_table().to(self.device)
+        # The array axis that runs from left to right.
+        self._lateral = next(axis for axis, code in enumerate(model.grid.orientation) if code in "LR")
 
     def __len__(self) -> int:
         """Number of label maps."""
-        return int(self.tissues.shape[0])
+        return int(self.codes.shape[0])
 
     def batch(self, index: int, size: int) -> PairBatch:
         """Batch number ``index`` of ``size`` pairs, always the same for one seed."""
         pairs = []
         for place, (moving, fixed) in enumerate(pair_indices(index, size, len(self), self.seed)):
             number = 2 * (index * size + place)
-            a, b = self.draw(moving, number, fixed=False), self.draw(fixed, number + 1, fixed=True)
+            # Both images of a pair are mirrored or neither: no left hemisphere has to become a right one.
+            mirrored = self._draws(number, "pair").chance(self.config.mirror)
+            a = self.draw(moving, number, fixed=False, mirrored=mirrored)
+            b = self.draw(fixed, number + 1, fixed=True, mirrored=mirrored)
             pairs.append(
                 PairBatch(a.image, b.image, a.present, b.present, a.tumor, b.tumor, a.structures, b.structures)
             )
         return concatenate(pairs)
 
+    def names(self, index: int, size: int) -> list[tuple[str, str]]:
+        """Names of the maps that each pair of batch ``index`` is drawn from."""
+        pairs = pair_indices(index, size, len(self), self.seed)
+        return [(self.names_of_maps[moving], self.names_of_maps[fixed]) for moving, fixed in pairs]
+
+    def _draws(self, number: int, what: str = "image") -> Draws:
+        key = (self.seed, number, int(what == "pair"))
+        return Draws(key, self.model.grid.shape, self.model.grid.spacing, self.device)
+
     @torch.no_grad()
-    def draw(self, map_index: int, number: int, fixed: bool) -> Drawn:
+    def draw(self, map_index: int, number: int, fixed: bool, mirrored: bool = False) -> Drawn:
         """Image ``number`` of label map ``map_index``; ``fixed`` chooses the shares of a fixed image."""
-        # PyTorch's CPU generator keeps 32 bits of a seed, so both numbers are mixed into as many.
-        mixed = np.random.SeedSequence([self.seed, number]).generate_state(1)[0]
-        generator = torch.Generator(self.device).manual_seed(int(mixed))
-        spacing = self.model.grid.spacing
-        nearest = self._deformed_indices(generator, spacing)
-        structures = self.structures[map_index].reshape(-1)[nearest]
-        tissue = self.tissues[map_index].reshape(-1)[nearest].long()
-        share = self.config.fixed_tumor if fixed else self.config.moving_tumor
-        drawn = tissue.clone()
-        if self._uniform(generator) < share:
-            for _ in range(2 if self._uniform(generator) < 0.15 else 1):
-                drawn = self._with_tumor(drawn, tissue, spacing, generator)
-        image = self._intensities(drawn, structures, tissue > 0, generator)
-        present = self._presence(generator, fixed)
-        image = image * present.view(1, -1, 1, 1, 1)
-        segmentation = _SEGMENTATION.to(self.device)[drawn]
-        return Drawn(image, present[None], segmentation[None], structures[None])
+        draws, config = self._draws(number), self.config
+        codes = self.codes[map_index].reshape(-1)
+        present = self._presence(draws, fixed)
+        coords = self._coords(draws, mirrored)
+        lesions: list[Lesion] = []
+        if draws.chance(config.fixed_tumor if fixed else config.moving_tumor):
+            before = self._anatomy(codes, coords, mirrored, samples=False)
+            plans = plan_lesions(before.classes, before.structures, config, draws)
+            spacing = torch.tensor(self.model.grid.spacing, device=self.device).view(3, 1, 1, 1)
+            for plan in plans:
+                push = mass_effect(plan, draws)
+                if push is not None:
+                    coords += push * (self.factor / spacing) * self._signs(mirrored)
+            anatomy = self._anatomy(codes, coords, mirrored)
+            brain = anatomy.brain
+            lesions = [grow(plan, anatomy.classes, anatomy.structures, brain, draws) for plan in plans]
+        else:
+            anatomy = self._anatomy(codes, coords, mirrored)
+        channels = [c for c, there in zip(self.model.channels, present.tolist(), strict=True) if there]
+        rendered, visible = render(anatomy, lesions, channels, config, draws)
+        image = torch.zeros(len(present), *self.model.grid.shape, device=self.device)
+        image[present.bool().to(self.device)] = rendered
+        structures, tumor = anatomy.structures, torch.zeros(self.model.grid.shape, dtype=torch.int64)
+        tumor = tumor.to(self.device)
+        table = torch.tensor(SEGMENTATION, device=self.device)
+        for lesion in lesions:
+            tumor = torch.where((lesion.edema > 0.5) & (tumor == 0), 2, tumor)
+        for lesion in lesions:
+            tumor = torch.where(lesion.parts >= 0, table[lesion.parts.clamp(min=0)], tumor)
+            structures = torch.where(lesion.parts >= 0, 0, structures)
+        tumor = tumor * visible
+        return Drawn(image[None], present[None].to(self.device), tumor[None], structures[None])
 
-    def _uniform(self, generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
-        return low + (high - low) * float(torch.rand((), generator=generator, device=self.device))
-
-    def _smooth_noise(self, channels: int, scale_mm: float, generator: torch.Generator) -> Tensor:
-        """(channels,X,Y,Z) of unit variance at its control points, which lie ``scale_mm`` apart."""
-        shape, spacing = self.model.grid.shape, self.model.grid.spacing
-        coarse = [max(2, math.ceil(n * s / scale_mm) + 1) for n, s in zip(shape, spacing, strict=True)]
-        noise = torch.randn(1, channels, *coarse, generator=generator, device=self.device)
-        return functional.interpolate(noise, size=shape, mode="trilinear", align_corners=True)[0]
-
-    def _deformed_indices(self, generator: torch.Generator, spacing: tuple[float, float, float]) -> Tensor:
-        """Flat index (X,Y,Z) into a map for every voxel of the deformed one."""
-        config, shape = self.config, self.model.grid.shape
-        mm = torch.tensor(spacing, device=self.device)
+    def _coords(self, draws: Draws, mirrored: bool) -> Tensor:
+        """(3,X,Y,Z): where in a map, in its own voxels, each voxel of the drawn image lies."""
+        config, shape, spacing = self.config, self.model.grid.shape, self.model.grid.spacing
         axes = [(torch.arange(n, device=self.device) - (n - 1) / 2.0) * s for n, s in zip(shape, spacing, strict=True)]
         points = torch.stack(torch.meshgrid(*axes, indexing="ij"))
-        angles = (torch.rand(3, generator=generator, device=self.device) * 2 - 1) * math.radians(config.rotation_deg)
-        stretch = 1 + (torch.rand(3, generator=generator, device=self.device) * 2 - 1) * config.scale
-        shift = (torch.rand(3, generator=generator, device=self.device) * 2 - 1) * config.shift_mm
+        angles = (draws.uniforms(3) * 2 - 1) * math.radians(config.rotation_deg)
+        stretch = 1 + (draws.uniforms(3) * 2 - 1) * config.scale
+        shift = (draws.uniforms(3) * 2 - 1) * config.shift_mm
         skew = torch.zeros(3, 3, device=self.device)
         skew[0, 1], skew[0, 2], skew[1, 2] = -angles[2], angles[1], -angles[0]
         linear = torch.linalg.matrix_exp(skew - skew.T) @ torch.diag(stretch)
-        amplitude = self._uniform(generator, 0.2, 1.0) * config.deformation_mm
         moved = torch.einsum("ij,jxyz->ixyz", linear, points) + shift.view(3, 1, 1, 1)
-        moved = moved + amplitude * self._smooth_noise(3, config.control_mm, generator)
-        flat = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        for axis, n in enumerate(shape):
-            index = (moved[axis] / mm[axis] + (n - 1) / 2.0).round_().clamp_(0, n - 1).long()
-            flat = flat * n + index
-        return flat
+        moved += draws.uniform(0.2, 1.0) * config.deformation_mm * draws.smooth(3, config.control_mm)
+        moved += draws.uniform(0.0, 1.0) * config.fine_deformation_mm * draws.smooth(3, config.control_mm / 2.0)
+        moved *= self._signs(mirrored)
+        for axis in range(3):
+            n = shape[axis] * self.factor
+            moved[axis] = moved[axis] * (self.factor / spacing[axis]) + (n - 1) / 2.0
+        return moved
 
-    def _with_tumor(
-        self, drawn: Tensor, tissue: Tensor, spacing: tuple[float, float, float], generator: torch.Generator
-    ) -> Tensor:
-        """Paint one irregular lesion, its centre in white matter, its oedema following white matter, never in CSF."""
-        candidates = torch.nonzero(tissue.reshape(-1) == _WHITE)[:, 0]
-        if candidates.numel() == 0:
-            return drawn
-        chosen = int(candidates[int(self._uniform(generator) * (candidates.numel() - 1))])
-        shape = self.model.grid.shape
-        center = (chosen // (shape[1] * shape[2]), chosen // shape[2] % shape[1], chosen % shape[2])
-        stretch = [self._uniform(generator, 0.75, 1.35) for _ in range(3)]
-        squares = [
-            ((torch.arange(n, device=self.device) - c) * s / e).square()
-            for n, c, s, e in zip(shape, center, spacing, stretch, strict=True)
-        ]
-        distance = (squares[0][:, None, None] + squares[1][None, :, None] + squares[2][None, None, :]).sqrt()
-        rough = 1 + 0.25 * self._smooth_noise(1, 22.0, generator)[0] + 0.12 * self._smooth_noise(1, 9.0, generator)[0]
-        distance = distance * rough.clamp(min=0.3)
-        radius = self._uniform(generator, 6.0, 24.0)
-        reach = radius + self._uniform(generator, 1.0, 22.0) * (1.0 if self._uniform(generator) < 0.8 else 0.1)
-        brain = tissue > 0
-        # Oedema spreads further in white matter than in grey, and stops at CSF.
-        edge = torch.where(tissue == _WHITE, reach, radius + 0.4 * (reach - radius))
-        edema = (distance < edge) & brain & ((tissue != _CSF) | (distance < 0.8 * radius))
-        core = (distance < radius) & brain & ((tissue != _CSF) | (distance < 0.8 * radius))
-        drawn = torch.where(edema & (drawn < _FIRST_TUMOR), _EDEMA, drawn)
-        kind = self._uniform(generator)
-        if kind < 0.55:
-            rim = self._uniform(generator, 0.15, 0.6)
-            inside = torch.where(distance < radius * (1 - rim), _NECROSIS, _ENHANCING)
-        elif kind < 0.80:
-            inside = torch.full_like(drawn, _NONENHANCING)
-        else:
-            patches = self._smooth_noise(1, 10.0, generator)[0]
-            inside = torch.where(patches > 0.4, _ENHANCING, torch.where(patches < -0.8, _NECROSIS, _NONENHANCING))
-        return torch.where(core, inside, drawn)
+    def _signs(self, mirrored: bool) -> Tensor:
+        """(3,1,1,1): -1 along the axis from left to right in a mirrored image."""
+        signs = torch.ones(3, 1, 1, 1, device=self.device)
+        if mirrored:
+            signs[self._lateral] = -1.0
+        return signs
 
-    def _intensities(self, drawn: Tensor, structures: Tensor, brain: Tensor, generator: torch.Generator) -> Tensor:
-        """(1,C,X,Y,Z): class means, texture, blur, bias, gamma, noise, z-score over the brain, zero outside."""
-        config, channels = self.config, self.model.channels
-        base = torch.tensor([_MEANS.get(c, _MEANS["t1"]) for c in channels], device=self.device)
-        jitter = torch.randn(base.shape, generator=generator, device=self.device) * config.jitter
-        jitter[:, _FIRST_TUMOR:] *= 2.0
-        base = base * (1 + jitter).clamp(0.4, 1.8)
-        # Each structure differs a little from its tissue, as nuclei do; tumour classes stay whole.
-        own = 1 + 0.35 * config.jitter * torch.randn(
-            len(channels), len(STRUCTURES) + 1, generator=generator, device=self.device
-        )
-        own = torch.cat([own, torch.ones(len(channels), 1, device=self.device)], dim=1)
-        table = (base[:, :, None] * own[:, None, :]).reshape(len(channels), -1)
-        column = torch.where(drawn < _FIRST_TUMOR, structures.long(), len(STRUCTURES) + 1)
-        index = drawn * (len(STRUCTURES) + 2) + column
-        image = table[:, index.reshape(-1)].reshape(len(channels), *drawn.shape)
-        texture = self._smooth_noise(2, 7.0, generator)
-        strength = torch.rand(len(channels), 2, generator=generator, device=self.device) * config.texture
-        image = image * (1 + torch.einsum("ck,kxyz->cxyz", strength, texture))
-        image = _blur(image, self._uniform(generator, 0.05, config.blur))
-        bias = self._smooth_noise(len(channels), 70.0, generator) * self._uniform(generator, 0.0, config.bias)
-        image = image * torch.exp(bias)
-        power = 1 + (torch.rand(len(channels), 1, 1, 1, generator=generator, device=self.device) * 2 - 1) * config.gamma
-        image = image.clamp_(min=0).pow_(power)
-        level = torch.rand(len(channels), 1, 1, 1, generator=generator, device=self.device) * config.noise
-        image = image + level * torch.randn(image.shape, generator=generator, device=self.device)
-        values = image[:, brain]
-        mean, deviation = (
-            values.mean(dim=1).view(-1, 1, 1, 1),
-            values.std(dim=1).clamp(min=1e-3).view(-1, 1, 1, 1),
-        )
-        return ((image - mean) / deviation * brain).unsqueeze(0)
+    def _anatomy(self, codes: Tensor, coords: Tensor, mirrored: bool, samples: bool = True) -> Anatomy:
+        """The map at ``coords``; ``samples`` also takes the points inside each voxel."""
+        table = self._mirror if mirrored else None
+        middle = self._at(codes, coords, (0.0, 0.0, 0.0), table)
+        structures = middle % (len(STRUCTURES) + 1)
+        classes = torch.div(middle, len(STRUCTURES) + 1, rounding_mode="floor").to(torch.uint8)
+        inner = [self._at(codes, coords, offset, table) for offset in _SAMPLES] if samples else []
+        return Anatomy(classes, structures.to(torch.uint8), [middle, *inner])
 
-    def _presence(self, generator: torch.Generator, fixed: bool) -> Tensor:
-        """(C,) 1 or 0: the first channel alone, or all but a few; always at least one."""
-        config, n = self.config, len(self.model.channels)
+    def _at(self, codes: Tensor, coords: Tensor, offset: tuple[float, float, float], table: Tensor | None) -> Tensor:
+        """Codes of the map's voxels nearest to ``coords`` plus ``offset`` of the grid's voxel, (X,Y,Z)."""
+        flat = torch.zeros(coords.shape[1:], dtype=torch.int32, device=self.device)
+        for axis, n in enumerate(self.model.grid.shape):
+            limit = n * self.factor
+            index = (coords[axis] + offset[axis] * self.factor).round_().clamp_(0, limit - 1)
+            flat = flat.mul_(limit).add_(index.int())
+        found = codes[flat.reshape(-1)].reshape(flat.shape)
+        return found if table is None else table[found.int()]
+
+    def _presence(self, draws: Draws, fixed: bool) -> Tensor:
+        """(C,) 1 or 0: the first channel alone, T1ce and FLAIR, or all but a few; always at least one."""
+        config, channels, n = self.config, self.model.channels, len(self.model.channels)
         alone = config.single_modality_fixed if fixed else config.single_modality_moving
-        present = torch.zeros(n, device=self.device)
-        if self._uniform(generator) < alone:
-            present[0] = 1
-            return present
-        optional = torch.tensor([c in self.model.optional_channels for c in self.model.channels], device=self.device)
-        dropped = (torch.rand(n, generator=generator, device=self.device) < config.drop_channel) & optional
-        present[~dropped] = 1
-        if not present.any():
-            present[int(self._uniform(generator) * (n - 1e-6))] = 1
-        return present
+        optional = [c in self.model.optional_channels for c in channels]
+        chosen = draws.uniform()
+        if chosen < alone:
+            # Nearly always the first: the one that brains are registered by.
+            only = 0 if draws.chance(0.8) else int(draws.uniform(0.0, n - 1e-6))
+            kept = [index == only or not optional[index] for index in range(n)]
+        elif chosen < alone + config.two_modalities and {"t1ce", "flair"} <= set(channels):
+            kept = [c in ("t1ce", "flair") or not o for c, o in zip(channels, optional, strict=True)]
+        else:
+            kept = [not (draws.chance(config.drop_channel) and o) for o in optional]
+        if not any(kept):
+            kept[int(draws.uniform(0.0, n - 1e-6))] = True
+        return torch.tensor(kept, dtype=torch.float32)
 
 
-def _blur(image: Tensor, weight: float) -> Tensor:
-    """Three taps (w, 1-2w, w) along each axis of (C,X,Y,Z): the partial volume of a scanner, cheap on a CPU."""
-    for axis in (1, 2, 3):
-        n = image.shape[axis]
-        ahead = torch.cat([image.narrow(axis, 1, n - 1), image.narrow(axis, n - 1, 1)], dim=axis)
-        behind = torch.cat([image.narrow(axis, 0, 1), image.narrow(axis, 0, n - 1)], dim=axis)
-        image = torch.lerp(image, (ahead + behind) / 2.0, 2.0 * weight)
-    return image
+def _mirror_table() -> Tensor:
+    """Joint code of each joint code with left and right exchanged, int16."""
+    names = list(STRUCTURES)
+    other = [0]
+    for name in names:
+        side, _, rest = name.partition("_")
+        swapped = {"left": f"right_{rest}", "right": f"left_{rest}"}.get(side, name)
+        other.append(1 + names.index(swapped))
+    codes = torch.arange(64 * (len(names) + 1))
+    structure = codes % (len(names) + 1)
+    return (codes - structure + torch.tensor(other)[structure]).short()
