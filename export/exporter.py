@@ -37,7 +37,7 @@ def export_bundle(
     out = Path(out)
     source = find_checkpoint(Path(checkpoint))
     loaded = load_checkpoint(source)
-    spec = loaded.spec
+    spec = dataclasses.replace(loaded.spec, architecture=loaded.spec.architecture.deployed)
     if shape is not None:
         spec = dataclasses.replace(spec, grid=dataclasses.replace(spec.grid, shape=shape))
     # The folder first: a refusal to overwrite must not come after minutes of tracing.

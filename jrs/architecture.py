@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -34,6 +35,8 @@ class Architecture:
             whose identity grid runs 1..N but is sampled from 0.
         mask: the non-tumour mask uses the warped background of the moving image (the paper) or the unwarped
             one, thresholded (the published code).
+        deep_supervision: how many levels of the segmentation decoder below the finest have a head of their own
+            in training; nothing of it is exported.
     """
 
     in_channels: int = 4
@@ -45,6 +48,7 @@ class Architecture:
     norm: Norm = "none"
     grid_origin: int = 0
     mask: Mask = "warped"
+    deep_supervision: int = 0
 
     def __post_init__(self) -> None:
         for name, choices in (("merge", Merge), ("head", Head), ("norm", Norm), ("mask", Mask)):
@@ -58,6 +62,15 @@ class Architecture:
             raise ConfigurationError("num_labels counts the background: 0 (no segmentation) or at least 2")
         if not self.segmentation and not self.registration:
             raise ConfigurationError("a network needs num_labels > 0, registration, or both")
+        if not 0 <= self.deep_supervision <= LEVELS - 2:
+            raise ConfigurationError(f"deep_supervision must lie between 0 and {LEVELS - 2}")
+        if self.deep_supervision and not self.segmentation:
+            raise ConfigurationError("deep_supervision needs a segmentation decoder; set it to 0, or num_labels")
+
+    @property
+    def deployed(self) -> Architecture:
+        """The same network without what only training uses."""
+        return dataclasses.replace(self, deep_supervision=0)
 
     @property
     def segmentation(self) -> bool:

@@ -145,6 +145,16 @@ def test_a_single_class_is_no_segmentation(labels: int) -> None:
     assert "num_labels" in refusal(num_labels=labels)
 
 
+@pytest.mark.parametrize("choices", [{"deep_supervision": 4}, {"deep_supervision": -1}, {"num_labels": 0}])
+def test_deep_supervision_of_levels_that_are_not_there(choices: dict[str, int]) -> None:
+    assert "deep_supervision" in refusal(**{"deep_supervision": 1, **choices})
+
+
+def test_what_is_deployed_knows_nothing_of_training() -> None:
+    architecture = Architecture(deep_supervision=2, merge="add")
+    assert architecture.deployed == Architecture(merge="add")
+
+
 def test_a_network_without_any_decoder() -> None:
     assert "registration" in refusal(num_labels=0, registration=False)
 

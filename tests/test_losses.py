@@ -7,12 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from monai.losses import BendingEnergyLoss, LocalNormalizedCrossCorrelationLoss
 
 from jrs.models.losses import (
+    bending_energy,
     diffusion,
     folding,
     gradient_l1,
+    inverse_consistency,
+    local_ncc,
     masked_mse,
+    mutual_information,
     soft_dice,
     tumor_regions,
     weighted_cross_entropy,
@@ -131,6 +136,164 @@ def test_no_gradient_passes_through_the_mask() -> None:
     np.testing.assert_allclose(moved.grad.numpy(), expected, atol=1e-6)
 
 
+# Local correlation ----------------------------------------------------------------------------------------
+
+
+def correlation_loss(
+    moved: Array, fixed: Array, mask: Array, channels: list[tuple[int, int]], window: int, stride: int
+) -> float:
+    """Cube by cube, each cut out of the image; weights and moments as numpy's averages."""
+    reach, values = window // 2, []
+    for n, c in channels:
+        total = weight = 0.0
+        for centre in np.ndindex(*moved.shape[2:]):
+            if any(i % stride for i in centre):
+                continue
+            cube = tuple(slice(max(0, i - reach), i + reach + 1) for i in centre)
+            w, a, b = mask[n, 0][cube].ravel(), moved[n, c][cube].ravel(), fixed[n, c][cube].ravel()
+            if w.sum() == 0:
+                continue
+            a, b = a - np.average(a, weights=w), b - np.average(b, weights=w)
+            variances = [np.average(x * x, weights=w) for x in (a, b)]
+            squared = np.average(a * b, weights=w) ** 2 / ((variances[0] + 1e-4) * (variances[1] + 1e-4))
+            if variances[1] > 1e-4:
+                total += mask[n, 0][centre] * (1.0 - squared)
+                weight += mask[n, 0][centre]
+        values.append(total / weight)
+    return float(np.mean(values))
+
+
+BOTH = [(n, c) for n in range(2) for c in range(3)]
+
+
+@pytest.mark.parametrize(("window", "stride"), [(3, 1), (3, 2), (5, 1)])
+def test_local_correlation(window: int, stride: int) -> None:
+    moved, fixed = normal(2, 3), normal(2, 3, seed=1)
+    expected = correlation_loss(wide(moved), wide(fixed), np.ones((2, 1, *SHAPE)), BOTH, window, stride)
+    assert scalar(local_ncc(moved, fixed, window=window, stride=stride)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_local_correlation_under_a_mask_and_without_absent_channels() -> None:
+    moved, fixed, mask = normal(2, 3), normal(2, 3, seed=1), uniform(2, 1, seed=2)
+    mask[0, 0, :2] = 0.0
+    present = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    for given, channels in ((None, BOTH), (present, [(0, 0), (0, 2), (1, 2)])):
+        expected = correlation_loss(wide(moved), wide(fixed), wide(mask), channels, 3, 1)
+        assert scalar(local_ncc(moved, fixed, mask, given, window=3)) == pytest.approx(expected, rel=1e-3)
+    nothing = local_ncc(moved.requires_grad_(), fixed, mask, torch.zeros(2, 3))
+    assert scalar(nothing) == 0.0 and nothing.requires_grad
+
+
+def noise_in_air(seed: int) -> torch.Tensor:
+    """Noise in the middle of nothing, so that no cube with noise in it reaches the border."""
+    image = torch.zeros(1, 2, 22, 24, 20)
+    image[..., 6:16, 6:18, 6:14] = torch.randn(1, 2, 10, 12, 8, generator=torch.Generator().manual_seed(seed))
+    return image
+
+
+def test_local_correlation_is_monais() -> None:
+    a, b = noise_in_air(0), noise_in_air(1)
+    fixed = b + 0.7 * a
+    monai = LocalNormalizedCrossCorrelationLoss(kernel_size=5, smooth_dr=1e-5)(a, fixed)
+    # MONAI's mean runs over all cubes, ours over those that hold some of the noise.
+    share = (14 * 16 * 12) / (22 * 24 * 20)
+    assert scalar(local_ncc(a, fixed, window=5)) == pytest.approx(1.0 + float(monai) / share, abs=2e-3)
+
+
+def test_local_correlation_does_not_see_contrast() -> None:
+    image = noise_in_air(0)
+    assert scalar(local_ncc(-3.0 * image + 0.5, image)) < 5e-3
+    assert scalar(local_ncc(noise_in_air(1), image)) > 0.9
+
+
+def test_what_the_mask_leaves_out_does_not_count_in_local_correlation() -> None:
+    moved, fixed = noise_in_air(0).requires_grad_(), noise_in_air(1)
+    mask = torch.ones(1, 1, 22, 24, 20)
+    mask[..., 8:12, 8:12, 8:12] = 0.0
+    loss = local_ncc(moved, fixed, mask)
+    loss.backward()
+    assert moved.grad is not None
+    inside = moved.grad[..., 8:12, 8:12, 8:12]
+    assert float(inside.abs().max()) == 0.0 < float(moved.grad.abs().max())
+    changed = moved.detach().clone()
+    changed[..., 8:12, 8:12, 8:12] += 5.0
+    assert scalar(local_ncc(changed, fixed, mask)) == pytest.approx(scalar(loss), rel=1e-6)
+
+
+@pytest.mark.parametrize("level", [0.0, -0.7, 300.0])
+def test_constant_regions_have_finite_gradients(level: float) -> None:
+    flat = torch.full((1, 2, 22, 24, 20), level)
+    for moved, fixed in ((flat, noise_in_air(0) + level), (noise_in_air(0) + level, flat), (flat, flat)):
+        given = moved.clone().requires_grad_()
+        for loss in (local_ncc(given, fixed), mutual_information(given, fixed)):
+            (gradient,) = torch.autograd.grad(loss, given)
+            assert torch.isfinite(loss) and torch.isfinite(gradient).all()
+            assert float(gradient.abs().max()) < 1.0
+
+
+def test_similarities_compute_in_float32_under_autocast() -> None:
+    moved, fixed = noise_in_air(0), noise_in_air(1) + noise_in_air(0)
+    for loss in (local_ncc, mutual_information):
+        plain = scalar(loss(moved, fixed))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert scalar(loss(moved, fixed)) == plain
+
+
+# Mutual information ---------------------------------------------------------------------------------------
+
+
+def parzen_information(a: Array, b: Array, bins: int) -> float:
+    """Mutual information of two samples under Gaussian windows of half a bin, their range that of 99 % of them."""
+    weights = []
+    for values in (a, b):
+        low, high = np.quantile(values, [0.005, 0.995])
+        scaled = np.clip((values - low) / (high - low), 0.0, 1.0)
+        centres = np.linspace(0.0, 1.0, bins)
+        w = np.exp(-((scaled[:, None] - centres) ** 2) / (2.0 * (0.5 / (bins - 1)) ** 2))
+        weights.append(w / w.sum(axis=1, keepdims=True))
+    joint = weights[0].T @ weights[1] / len(a)
+    product = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    there = joint > 1e-12
+    return float((joint[there] * np.log(joint[there] / product[there])).sum())
+
+
+def test_mutual_information() -> None:
+    a = noise_in_air(0)
+    b = torch.where(a != 0, (2.0 * a).sin() + 0.2 * noise_in_air(1), 0.0)
+    mask = torch.ones(1, 1, 22, 24, 20)
+    mask[..., :9, :, :] = 0.0
+    for given in (None, mask):
+        values = []
+        for c in (0, 1):
+            counts = wide(a)[0, c] != 0
+            if given is not None:
+                counts &= wide(given)[0, 0] > 0
+            values.append(parzen_information(wide(a)[0, c][counts], wide(b)[0, c][counts], 16))
+        got = scalar(mutual_information(a, b, given, bins=16))
+        assert got == pytest.approx(-np.mean(values), rel=1e-3)
+    second = torch.tensor([[0.0, 1.0]])
+    assert scalar(mutual_information(a, b, mask, second, bins=16)) == pytest.approx(-values[1], rel=1e-3)
+    assert scalar(mutual_information(a, b, present=torch.zeros(1, 2))) == 0.0
+
+
+def test_mutual_information_does_not_see_contrast() -> None:
+    a, b = noise_in_air(0), noise_in_air(1)
+    alike, inverted = scalar(mutual_information(a, a)), scalar(mutual_information(-2.0 * a, a))
+    assert inverted == pytest.approx(alike, rel=1e-3)
+    assert alike < -1.5 < -0.5 < scalar(mutual_information(b, a))
+
+
+def test_mutual_information_of_some_voxels() -> None:
+    a = noise_in_air(0)
+    b = a + 0.5 * noise_in_air(1)
+    drawn = [
+        scalar(mutual_information(a, b, bins=8, samples=500, generator=torch.Generator().manual_seed(seed)))
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] == pytest.approx(scalar(mutual_information(a, b, bins=8)), rel=0.2)
+
+
 # Regularity -----------------------------------------------------------------------------------------------
 
 
@@ -156,6 +319,32 @@ def test_diffusion_of_simple_fields() -> None:
     stretch = torch.zeros_like(grid)
     stretch[:, 0] = 2 * grid[:, 0]
     assert scalar(diffusion(stretch)) == pytest.approx(4.0 / 3.0 / 3.0, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+def test_bending_energy_is_monais() -> None:
+    field = 3 * normal(2, 3)
+    assert scalar(bending_energy(field)) == pytest.approx(float(BendingEnergyLoss()(field)), rel=1e-5)
+
+
+def test_bending_energy_of_simple_fields() -> None:
+    x = torch.tensor(np.indices(SHAPE), dtype=torch.float32)[None]
+    field = torch.zeros_like(x)
+    assert scalar(bending_energy(2.0 * x + 3.0)) == 0.0
+    # u_x = x^2 / 2: one second derivative of 1 in one of three components.
+    field[:, 0] = x[:, 0] ** 2 / 2
+    assert scalar(bending_energy(field)) == pytest.approx(1.0 / 3.0, rel=1e-6)
+    # u_z = x y: the mixed one, counted twice.
+    field[:, 0], field[:, 2] = 0.0, x[:, 0] * x[:, 1]
+    assert scalar(bending_energy(field)) == pytest.approx(2.0 / 3.0, rel=1e-6)
+
+
+def test_inverse_consistency() -> None:
+    there, back = normal(2, 3), normal(2, 3, seed=1)
+    assert scalar(inverse_consistency(there, -there)) == 0.0
+    assert scalar(inverse_consistency(there, back)) == pytest.approx(
+        ((wide(there) + wide(back)) ** 2).mean(), rel=1e-5
+    )
 
 
 def fold_loss(u: Array, margin: float) -> float:

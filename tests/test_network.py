@@ -67,6 +67,7 @@ class Written:
     def __init__(self, net: JointNet) -> None:
         self.weights = net.state_dict()
         self.instance = net.architecture.norm == "instance"
+        self.made: dict[int, Tensor] = {}  # what each level of the last decoder made
 
     def get(self, name: str) -> tuple[Tensor, Tensor]:
         return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
@@ -97,6 +98,7 @@ class Written:
         for k in (3, 2, 1, 0):
             up = functional.conv_transpose3d(x, *self.get(f"{name}.ups.{k}"), stride=2).clamp(min=0)
             x = self.level(torch.cat([codes[k], up], dim=1), f"{name}.levels.{k}", COUNTS[k]) + up
+            self.made[k] = x
         return functional.conv3d(x, *self.get(f"{name}.output"))
 
 
@@ -361,3 +363,78 @@ def test_choices_by_name_are_an_architecture() -> None:
     )
     changed = JointNet(Architecture(in_channels=1, base_channels=2), registration=False)
     assert changed.registration is None and changed.architecture.in_channels == 1
+
+
+# Both ways --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merge", ["subtract", "concatenate", "add"])
+@pytest.mark.parametrize("choices", [{}, {"norm": "instance"}, {"num_labels": 0}, {"mask": "unwarped"}])
+def test_the_way_back_is_the_pass_with_the_images_exchanged(merge: Any, choices: dict[str, Any]) -> None:
+    net, (moving, fixed) = network(merge=merge, **choices), pair()
+    with torch.no_grad():
+        both, there, back = net(moving, fixed, reverse=True), net(moving, fixed), net(fixed, moving)
+    assert there.reverse is None and both.reverse is not None and both.reverse.reverse is None
+    for name in FIELDS:
+        for got, expected in ((both, there), (both.reverse, back)):
+            value = getattr(expected, name)
+            assert (getattr(got, name) is None) is (value is None), name
+            if value is not None:
+                close(getattr(got, name), value, 1e-4)
+
+
+def test_the_way_back_has_its_own_gradient() -> None:
+    net, (moving, fixed) = network(), pair()
+    gradients = []
+    for flow in (net(moving, fixed, reverse=True).reverse.flow, net(fixed, moving).flow):
+        net.zero_grad()
+        flow.square().mean().backward()
+        gradients.append([p.grad for name, p in net.named_parameters() if not name.startswith("segmentation")])
+    assert any(largest(g) > 1e-3 for g in gradients[0])
+    for got, expected in zip(*gradients, strict=True):
+        close(got, expected, 1e-4)
+
+
+# Deep supervision -------------------------------------------------------------------------------------------
+
+
+def test_auxiliary_heads_read_the_levels_below_the_finest() -> None:
+    net, (moving, fixed) = network(deep_supervision=2).train(), pair()
+    out = net(moving, fixed)
+    assert net.segmentation is not None
+    for image, logits, auxiliary in (
+        (moving, out.moving_logits, out.moving_auxiliary),
+        (fixed, out.fixed_logits, out.fixed_auxiliary),
+    ):
+        assert [tuple(x.shape) for x in auxiliary] == [(2, 4, *(n // 2**k for n in SHAPE)) for k in (1, 2)]
+        written = Written(net)
+        close(logits, written.decode(written.encode(image), "segmentation"), 1e-4)
+        for k, got in enumerate(auxiliary, start=1):
+            close(got, functional.conv3d(written.made[k], *written.get(f"auxiliary.{k - 1}")), 1e-4)
+
+
+def test_deep_supervision_is_for_training_alone() -> None:
+    net, plain = network(deep_supervision=3).eval(), network()
+    assert net(*pair()).moving_auxiliary == ()
+    assert plain.train()(*pair()).moving_auxiliary == ()
+    assert not any(name.startswith("auxiliary") for name in plain.state_dict())
+    heads = sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in plain.parameters())
+    widths = net.architecture.widths
+    assert heads == sum(4 * width + 4 for width in widths[1:4])
+
+
+def test_weights_fit_with_and_without_auxiliary_heads() -> None:
+    plain, deep = network(), network(deep_supervision=1)
+    with torch.no_grad():
+        for p in deep.parameters():
+            p.add_(1.0)
+    state, heads = deep.state_dict(), [p.clone() for p in deep.auxiliary.parameters()]
+    plain.load_state_dict(state)
+    assert "auxiliary.0.weight" in state
+    close(plain.encoder.input.weight, deep.encoder.input.weight, 0.0)
+    other = network().state_dict()
+    deep.load_state_dict(other)
+    close(deep.encoder.input.weight, other["encoder.input.weight"], 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(heads, deep.auxiliary.parameters(), strict=True))
+    with pytest.raises(RuntimeError, match="encoder"):
+        deep.load_state_dict({name: x for name, x in other.items() if not name.startswith("encoder")})

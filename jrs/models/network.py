@@ -34,6 +34,9 @@ class JointOutput:
         nontumor_mask: (N,1,X,Y,Z) in [0, 1], where the similarity counts; None unless both decoders exist.
         moving_logits: segmentation before the softmax, for the loss.
         fixed_logits: likewise of the fixed image.
+        moving_auxiliary: logits (N,K,X/2^k,Y/2^k,Z/2^k) of the auxiliary heads, k = 1, 2, ...; empty but in training.
+        fixed_auxiliary: likewise of the fixed image.
+        reverse: the same with the roles exchanged, the fixed image moving onto the moving one's grid; on request.
     """
 
     moving_probabilities: Tensor | None = None
@@ -45,6 +48,9 @@ class JointOutput:
     nontumor_mask: Tensor | None = None
     moving_logits: Tensor | None = None
     fixed_logits: Tensor | None = None
+    moving_auxiliary: tuple[Tensor, ...] = ()
+    fixed_auxiliary: tuple[Tensor, ...] = ()
+    reverse: JointOutput | None = None
 
 
 class Level(nn.Module):
@@ -119,12 +125,14 @@ class Decoder(nn.Module):
         )
         self.output = nn.Conv3d(widths[0], out_channels, 1)
 
-    def forward(self, codes: Codes) -> Tensor:
-        """(N,out_channels,X,Y,Z), float32."""
+    def forward(self, codes: Codes, features: list[Tensor] | None = None) -> Tensor:
+        """(N,out_channels,X,Y,Z), float32; what each level makes is put into ``features``, coarsest first."""
         x = codes[-1]
         for k in reversed(range(LEVELS - 1)):
             up = torch.relu(self.ups[k](x))
             x = self.levels[k](torch.cat([codes[k], up], dim=1)) + up
+            if features is not None:
+                features.append(x)
         with torch.autocast(x.device.type, enabled=False):
             output: Tensor = self.output(x.float())
         return output
@@ -144,6 +152,12 @@ class JointNet(nn.Module):
         self.segmentation = (
             Decoder(self.architecture, widths, self.architecture.num_labels) if self.architecture.segmentation else None
         )
+        # Heads that only training uses: they stand beside the decoder, which is exported without them.
+        self.auxiliary = nn.ModuleList(
+            nn.Conv3d(widths[k], self.architecture.num_labels, 1)
+            for k in range(1, self.architecture.deep_supervision + 1)
+        )
+        self.register_load_state_dict_pre_hook(_settle_auxiliary)  # type: ignore[no-untyped-call]
         self.registration: Decoder | None = None
         if self.architecture.registration:
             factor = 2 if self.architecture.merge == "concatenate" else 1
@@ -171,33 +185,60 @@ class JointNet(nn.Module):
         """Sampling coordinates (N,3,X,Y,Z), voxel indices, of a flow by this network's head."""
         return coordinates(flow, self.architecture.head, self.architecture.grid_origin)
 
-    def forward(self, moving: Tensor, fixed: Tensor) -> JointOutput:
-        """Both images (N,C,X,Y,Z), every side a multiple of 16."""
+    def forward(self, moving: Tensor, fixed: Tensor, reverse: bool = False) -> JointOutput:
+        """Both images (N,C,X,Y,Z), every side a multiple of 16; ``reverse`` registers them both ways."""
         out = JointOutput()
         # One batch of both images: half the kernel launches, the same numbers.
-        codes = self.encoder(torch.cat([moving, fixed]))
+        images = torch.cat([moving, fixed])
+        codes = self.encoder(images)
         n = moving.shape[0]
-        moving_codes, fixed_codes = tuple(c[:n] for c in codes), tuple(c[n:] for c in codes)
         if self.segmentation is not None:
-            logits = self.segmentation(codes)
-            out.moving_logits, out.fixed_logits = logits[:n], logits[n:]
-            probabilities = torch.softmax(logits, dim=1)
-            out.moving_probabilities, out.fixed_probabilities = probabilities[:n], probabilities[n:]
+            self._segment(out, codes, n)
         if self.registration is not None:
-            out.flow = self.flow(moving_codes, fixed_codes)
-            out.coords_vox = self.coordinates(out.flow)
-            if out.moving_probabilities is not None and out.fixed_probabilities is not None:
-                # The probabilities ride along for the mask alone; no gradient passes (paper, section 2.3).
-                stacked = torch.cat([moving.float(), out.moving_probabilities.detach()], dim=1)
-                warped = warp(stacked, out.coords_vox)
-                out.moved, out.moved_probabilities = (
-                    warped[:, : moving.shape[1]],
-                    warped[:, moving.shape[1] :].detach(),
-                )
-                out.nontumor_mask = self._nontumor_mask(out)
-            else:
-                out.moved = warp(moving, out.coords_vox)
+            self._register(out, images, codes, n, reverse)
         return out
+
+    def _segment(self, out: JointOutput, codes: Codes, n: int) -> None:
+        assert self.segmentation is not None
+        features: list[Tensor] | None = [] if self.training and len(self.auxiliary) else None
+        logits = self.segmentation(codes, features)
+        out.moving_logits, out.fixed_logits = logits[:n], logits[n:]
+        probabilities = torch.softmax(logits, dim=1)
+        out.moving_probabilities, out.fixed_probabilities = probabilities[:n], probabilities[n:]
+        if features is not None:
+            # The finest level, 0, is the decoder's own.
+            finest_first = features[::-1][1:]
+            coarse = [head(x).float() for head, x in zip(self.auxiliary, finest_first, strict=False)]
+            out.moving_auxiliary = tuple(x[:n] for x in coarse)
+            out.fixed_auxiliary = tuple(x[n:] for x in coarse)
+
+    def _register(self, out: JointOutput, images: Tensor, codes: Codes, n: int, reverse: bool) -> None:
+        moving_codes, fixed_codes = tuple(c[:n] for c in codes), tuple(c[n:] for c in codes)
+        directions = [out]
+        if reverse:
+            # The same codes, exchanged: subtracting them, the decoder is given the negative.
+            exchanged = tuple(torch.cat([f, m]) for m, f in zip(moving_codes, fixed_codes, strict=True))
+            flow = self.flow(codes, exchanged)
+            out.reverse = JointOutput(
+                out.fixed_probabilities,
+                out.moving_probabilities,
+                moving_logits=out.fixed_logits,
+                fixed_logits=out.moving_logits,
+            )
+            directions.append(out.reverse)
+        else:
+            flow = self.flow(moving_codes, fixed_codes)
+        coords = self.coordinates(flow)
+        moved = warp(images[: coords.shape[0]], coords)
+        for i, direction in enumerate(directions):
+            part = slice(i * n, (i + 1) * n)
+            direction.flow, direction.coords_vox, direction.moved = flow[part], coords[part], moved[part]
+            if direction.moving_probabilities is not None:
+                # For the mask alone; no gradient passes (paper, section 2.3).
+                direction.moved_probabilities = warp(
+                    direction.moving_probabilities.detach(), direction.coords_vox.detach()
+                )
+                direction.nontumor_mask = self._nontumor_mask(direction)
 
     def _nontumor_mask(self, out: JointOutput) -> Tensor:
         assert out.moving_probabilities is not None and out.fixed_probabilities is not None
@@ -207,3 +248,13 @@ class JointNet(nn.Module):
         moving = out.moving_probabilities.argmax(dim=1, keepdim=True) == 0
         fixed = out.fixed_probabilities.argmax(dim=1, keepdim=True) == 0
         return (moving & fixed).float()
+
+
+def _settle_auxiliary(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Weights with and without auxiliary heads fit a network with and without: heads stay as they are, or go."""
+    assert isinstance(net, JointNet)
+    own = {f"{prefix}auxiliary.{name}": value for name, value in net.auxiliary.state_dict().items()}
+    for name in [name for name in state if name.startswith(f"{prefix}auxiliary.") and name not in own]:
+        del state[name]
+    for name, value in own.items():
+        state.setdefault(name, value)

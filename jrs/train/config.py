@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +15,12 @@ class LossConfig:
     """Weights of the terms of the joint loss; a term of weight 0 is not computed.
 
     Attributes:
-        similarity: of the squared residual between fixed and moved image.
+        similarity: of the unlikeness of fixed and moved image.
+        similarity_measure: ``mse``: the squared residual (the paper's); ``lncc``: 1 - the squared correlation within
+            cubes; ``mi``: minus the mutual information, for images of different contrast.
+        lncc_window: side of those cubes in voxels, odd.
+        lncc_stride: every so many-th cube counts, along each axis.
+        mi_bins, mi_samples: of the joint histogram, and voxels that it is drawn from.
         masked: let the similarity go of the tumour, L_reg* of the paper.
         gradient_l1: alpha, of ||Phi - 1||_1 summed over voxels.
         segmentation: beta, of the cross-entropies of both images.
@@ -23,10 +29,19 @@ class LossConfig:
         structure_dice: of the soft Dice of warped anatomical structures, where labels exist.
         structures_per_step: how many structures, drawn at random, that term warps at once.
         diffusion: of the mean squared gradient of the displacement (voxels).
+        bending: of the mean squared second derivatives of the displacement (voxels).
         folding: of the depth of folds, where the Jacobian determinant falls below 0.1.
+        symmetric: how much the way back, from the fixed to the moving image, counts beside the way there in all
+            terms of the registration: 1 as much, 0 not at all (and it is not computed).
+        inverse_consistency: of the mean squared distance (voxels) by which going there and back misses.
     """
 
     similarity: float = 1.0
+    similarity_measure: Literal["mse", "lncc", "mi"] = "mse"
+    lncc_window: int = 9
+    lncc_stride: int = 2
+    mi_bins: int = 32
+    mi_samples: int = 65536
     masked: bool = True
     gradient_l1: float = 1e-10
     segmentation: float = 1.0
@@ -35,7 +50,26 @@ class LossConfig:
     structure_dice: float = 0.0
     structures_per_step: int = 8
     diffusion: float = 0.0
+    bending: float = 0.0
     folding: float = 0.0
+    symmetric: float = 0.0
+    inverse_consistency: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.lncc_window < 3 or self.lncc_window % 2 == 0:
+            raise ConfigurationError(f"lncc_window must be odd and at least 3, not {self.lncc_window}")
+        if not 1 <= self.lncc_stride <= self.lncc_window:
+            raise ConfigurationError(f"lncc_stride must lie between 1 and lncc_window, not {self.lncc_stride}")
+        if self.mi_bins < 4 or self.mi_samples < 2 or self.structures_per_step < 1:
+            raise ConfigurationError("mi_bins must be at least 4, mi_samples 2 and structures_per_step 1")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not 0.0 <= value < math.inf:
+                raise ConfigurationError(f"{name} must be a weight of 0 or more, not {value}")
+
+    @property
+    def both_ways(self) -> bool:
+        """Whether the network has to register the pair both ways."""
+        return self.symmetric > 0 or self.inverse_consistency > 0
 
 
 @dataclass(frozen=True)

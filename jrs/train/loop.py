@@ -24,7 +24,7 @@ from jrs.schema import encode
 from jrs.train.batch import PairBatch, PairSource
 from jrs.train.config import TrainConfig
 from jrs.train.log import RunLog
-from jrs.train.objective import joint_loss, structure_overlap
+from jrs.train.objective import forward_pair, joint_loss, structure_overlap
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 
@@ -79,7 +79,7 @@ class Trainer:
     def start_from(self, path: Path) -> None:
         """Take the weights of another checkpoint of the same architecture."""
         checkpoint = load_checkpoint(path)
-        if checkpoint.spec.architecture != self.config.model.architecture:
+        if checkpoint.spec.architecture.deployed != self.config.model.architecture.deployed:
             raise ConfigurationError(f"{path}: has another architecture than this run; drop --init or change the model")
         self._module.load_state_dict(checkpoint.weights)
 
@@ -167,7 +167,7 @@ class Trainer:
         batch = self._channels_last(batch)
         generator = torch.Generator().manual_seed(self.config.seed * 7_919 + index)
         self.optimizer.zero_grad(set_to_none=True)
-        output = self.net(batch.moving, batch.fixed)
+        output = forward_pair(self.net, batch, self.config.loss)
         loss, terms = joint_loss(self._module, output, batch, self.config.loss, generator)
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -197,7 +197,7 @@ class Trainer:
         sums: dict[str, float] = {}
         for index in range(self.config.validation_pairs):
             batch = self._channels_last(self.validation.batch(index, 1))
-            output = self.net(batch.moving, batch.fixed)
+            output = forward_pair(self.net, batch, self.config.loss)
             generator = torch.Generator().manual_seed(index)
             loss, terms = joint_loss(self._module, output, batch, self.config.loss, generator)
             values = {"loss": float(loss), **{name: float(term) for name, term in terms.items()}}

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from jrs.models.losses import (
+    bending_energy,
     diffusion,
     folding,
     gradient_l1,
+    inverse_consistency,
+    local_ncc,
     masked_mse,
+    mutual_information,
     soft_dice,
     tumor_regions,
     weighted_cross_entropy,
@@ -21,28 +27,30 @@ from jrs.structures import STRUCTURES
 from jrs.train.batch import PairBatch
 from jrs.train.config import LossConfig
 
+Terms = dict[str, Tensor]
+
+
+def forward_pair(net: Any, batch: PairBatch, config: LossConfig) -> JointOutput:
+    """One pass of a JointNet (or what Fabric made of it) with all that ``joint_loss`` needs of it."""
+    output: JointOutput = net(batch.moving, batch.fixed, reverse=config.both_ways)
+    return output
+
 
 def joint_loss(
     net: JointNet, output: JointOutput, batch: PairBatch, config: LossConfig, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum and its terms (before weighting, detached), by the names of ``LossConfig``.
 
-    ``generator`` (CPU) draws which structures are warped in this step.
+    ``generator`` (CPU) draws which structures are warped in this step, and the voxels of mutual information.
     """
-    terms: dict[str, Tensor] = {}
-    if output.moved is not None and output.flow is not None and output.coords_vox is not None:
-        architecture = net.architecture
-        mask = output.nontumor_mask if config.masked else None
-        present = batch.moving_present * batch.fixed_present
-        terms["similarity"] = masked_mse(output.moved, batch.fixed, mask, present)
-        if config.gradient_l1:
-            terms["gradient_l1"] = gradient_l1(spatial_gradients(output.flow, architecture.head))
-        if config.diffusion:
-            terms["diffusion"] = diffusion(displacement(output.coords_vox))
-        if config.folding:
-            terms["folding"] = folding(displacement(output.coords_vox))
-        if config.structure_dice and batch.moving_structures is not None and batch.fixed_structures is not None:
-            terms["structure_dice"] = _structure_dice(output, batch, config, generator)
+    terms: Terms = {}
+    if output.coords_vox is not None:
+        chosen = torch.randperm(len(STRUCTURES), generator=generator)[: config.structures_per_step] + 1
+        terms = _registration_terms(net, output, batch, config, chosen, generator)
+        if config.both_ways:
+            if output.reverse is None:
+                raise ValueError("both ways count in this loss: run the network with reverse=True")
+            terms = _with_the_way_back(terms, net, output, batch, config, chosen, generator)
     if output.moving_logits is not None and output.fixed_logits is not None:
         terms |= _segmentation_terms(output, batch, config)
     total = sum(
@@ -52,34 +60,124 @@ def joint_loss(
     return total, {name: value.detach() for name, value in terms.items()}
 
 
-def _segmentation_terms(output: JointOutput, batch: PairBatch, config: LossConfig) -> dict[str, Tensor]:
-    terms: dict[str, Tensor] = {}
-    weights = torch.tensor(config.class_weights, device=batch.moving.device)
-    entropy, dice = [], []
-    for logits, labels in (
-        (output.moving_logits, batch.moving_tumor),
-        (output.fixed_logits, batch.fixed_tumor),
-    ):
-        if logits is None or labels is None:
-            continue
-        entropy.append(weighted_cross_entropy(logits, labels, weights))
-        if config.tumor_dice:
-            known = (labels >= 0).unsqueeze(1).float()
-            truth = functional.one_hot(labels.clamp(min=0), logits.shape[1]).movedim(-1, 1).float()
-            dice.append(soft_dice(tumor_regions(logits.softmax(dim=1)), tumor_regions(truth), known))
-    if entropy:
-        terms["segmentation"] = torch.stack(entropy).sum()
-    if dice:
-        terms["tumor_dice"] = torch.stack(dice).mean()
+def _registration_terms(
+    net: JointNet,
+    output: JointOutput,
+    batch: PairBatch,
+    config: LossConfig,
+    chosen: Tensor,
+    generator: torch.Generator,
+) -> Terms:
+    """The terms of one direction."""
+    assert output.flow is not None and output.coords_vox is not None
+    terms: Terms = {}
+    if config.similarity:
+        terms["similarity"] = _similarity(output, batch, config, generator)
+    if config.gradient_l1:
+        terms["gradient_l1"] = gradient_l1(spatial_gradients(output.flow, net.architecture.head))
+    if config.diffusion or config.bending or config.folding:
+        field = displacement(output.coords_vox)
+        measures = {"diffusion": diffusion, "bending": bending_energy, "folding": folding}
+        terms |= {name: measure(field) for name, measure in measures.items() if getattr(config, name)}
+    if config.structure_dice and batch.moving_structures is not None and batch.fixed_structures is not None:
+        terms["structure_dice"] = _structure_dice(output.coords_vox, batch, config, chosen)
     return terms
 
 
-def _structure_dice(output: JointOutput, batch: PairBatch, config: LossConfig, generator: torch.Generator) -> Tensor:
+def _with_the_way_back(
+    terms: Terms,
+    net: JointNet,
+    output: JointOutput,
+    batch: PairBatch,
+    config: LossConfig,
+    chosen: Tensor,
+    generator: torch.Generator,
+) -> Terms:
+    """The terms of both directions: their mean with the weights 1 and ``symmetric``, and what joins them."""
+    back = output.reverse
+    assert back is not None and output.coords_vox is not None and back.coords_vox is not None
+    if config.symmetric:
+        other = _registration_terms(net, back, _exchanged(batch), config, chosen, generator)
+        share = config.symmetric / (1.0 + config.symmetric)
+        terms = {name: torch.lerp(value, other[name], share) for name, value in terms.items()}
+    if config.inverse_consistency:
+        there, here = displacement(output.coords_vox), displacement(back.coords_vox)
+        terms["inverse_consistency"] = 0.5 * (
+            inverse_consistency(there, warp(here, output.coords_vox))
+            + inverse_consistency(here, warp(there, back.coords_vox))
+        )
+    return terms
+
+
+def _exchanged(batch: PairBatch) -> PairBatch:
+    return PairBatch(
+        moving=batch.fixed,
+        fixed=batch.moving,
+        moving_present=batch.fixed_present,
+        fixed_present=batch.moving_present,
+        moving_tumor=batch.fixed_tumor,
+        fixed_tumor=batch.moving_tumor,
+        moving_structures=batch.fixed_structures,
+        fixed_structures=batch.moving_structures,
+    )
+
+
+def _similarity(output: JointOutput, batch: PairBatch, config: LossConfig, generator: torch.Generator) -> Tensor:
+    assert output.moved is not None
+    mask = output.nontumor_mask if config.masked else None
+    present = batch.moving_present * batch.fixed_present
+    if config.similarity_measure == "lncc":
+        return local_ncc(output.moved, batch.fixed, mask, present, config.lncc_window, config.lncc_stride)
+    if config.similarity_measure == "mi":
+        return mutual_information(
+            output.moved, batch.fixed, mask, present, config.mi_bins, config.mi_samples, generator
+        )
+    return masked_mse(output.moved, batch.fixed, mask, present)
+
+
+def _segmentation_terms(output: JointOutput, batch: PairBatch, config: LossConfig) -> Terms:
+    """Cross-entropy, the sum over both images, and Dice, their mean.
+
+    Auxiliary heads join in with weights that halve from level to level and add up to 1 with the finest's, their
+    truth being every second label along each axis of the level before (nnU-Net, doi 10.1038/s41592-020-01008-z).
+    """
+    images = [
+        ((logits, *auxiliary), labels)
+        for logits, auxiliary, labels in (
+            (output.moving_logits, output.moving_auxiliary, batch.moving_tumor),
+            (output.fixed_logits, output.fixed_auxiliary, batch.fixed_tumor),
+        )
+        if logits is not None and labels is not None
+    ]
+    weights = torch.tensor(config.class_weights, device=batch.moving.device)
+    entropy, dice = [], []
+    for levels, labels in images:
+        whole = sum(0.5**k for k in range(len(levels)))
+        for k, logits in enumerate(levels):
+            share, step = 0.5**k / whole, 2**k
+            truth = labels[:, ::step, ::step, ::step]
+            if config.segmentation:
+                entropy.append(share * weighted_cross_entropy(logits, truth, weights))
+            if config.tumor_dice:
+                dice.append(share * _tumor_dice(logits, truth))
+    terms: Terms = {}
+    if entropy:
+        terms["segmentation"] = torch.stack(entropy).sum()
+    if dice:
+        terms["tumor_dice"] = torch.stack(dice).sum() / len(images)
+    return terms
+
+
+def _tumor_dice(logits: Tensor, labels: Tensor) -> Tensor:
+    known = (labels >= 0).unsqueeze(1).float()
+    truth = functional.one_hot(labels.clamp(min=0), logits.shape[1]).movedim(-1, 1).float()
+    return soft_dice(tumor_regions(logits.float().softmax(dim=1)), tumor_regions(truth), known)
+
+
+def _structure_dice(coords_vox: Tensor, batch: PairBatch, config: LossConfig, chosen: Tensor) -> Tensor:
     """Some structures at random: warping all would double the time of a step and teach no more."""
-    assert output.coords_vox is not None and batch.moving_structures is not None and batch.fixed_structures is not None
-    count = min(config.structures_per_step, len(STRUCTURES))
-    chosen = (torch.randperm(len(STRUCTURES), generator=generator)[:count] + 1).to(batch.moving.device)
-    chosen = chosen.view(1, -1, 1, 1, 1)
+    assert batch.moving_structures is not None and batch.fixed_structures is not None
+    chosen = chosen.to(batch.moving.device).view(1, -1, 1, 1, 1)
     moving = (batch.moving_structures.unsqueeze(1) == chosen).float()
     fixed = (batch.fixed_structures.unsqueeze(1) == chosen).float()
     mask = None
@@ -87,7 +185,7 @@ def _structure_dice(output: JointOutput, batch: PairBatch, config: LossConfig, g
         # Under a tumour there is no structure to match, in either image.
         moving = moving * (batch.moving_tumor == 0).unsqueeze(1)
         mask = (batch.fixed_tumor == 0).unsqueeze(1).float()
-    return soft_dice(warp(moving, output.coords_vox), fixed, mask)
+    return soft_dice(warp(moving, coords_vox), fixed, mask)
 
 
 @torch.no_grad()
