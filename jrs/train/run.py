@@ -96,12 +96,13 @@ def _sources(request: TrainRequest, config: TrainConfig) -> tuple[PairSource, Pa
             SyntheticPairs(maps, config.model, config.synthesis, seed),
             SyntheticPairs(held_out, config.model, config.synthesis, seed + 500_009),
         )
-    from jrs.train.cases import CasePairs, load_manifest
+    from jrs.train.cases import CasePairs
+    from jrs.train.datasets import find_cases
 
     assert request.data is not None
-    cases = load_manifest(request.data)
+    cases = find_cases(request.data)
     if request.validation is not None:
-        held = load_manifest(request.validation)
+        held = find_cases(request.validation)
     else:
         chosen, rest = split_indices(len(cases), config)
         cases, held = [cases[i] for i in rest], [cases[i] for i in chosen]
