@@ -26,9 +26,10 @@ _FOLDERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], list[Training
 
 
 def find_cases(path: Path, layout: str = "auto") -> list[TrainingCase]:
-    """The cases of a folder or a manifest, in the order of their names; nothing but names is looked at.
+    """The cases of a folder, a manifest or a cache, in the order of their names; nothing but names is looked at.
 
-    ``layout`` is one of `LAYOUTS`; ``auto`` tells a manifest by its ending and a folder by what lies in it.
+    ``layout`` is one of `LAYOUTS`; ``auto`` takes a file for a manifest and tells a folder by what lies in it. A
+    cache (`jrs.train.cache`) gives the cases that it was prepared from.
     Raises MissingInputError where there is no case, UsageError for an unknown layout, BadDataError for a bad
     manifest and for a name that two cases share.
     """
@@ -39,6 +40,10 @@ def find_cases(path: Path, layout: str = "auto") -> list[TrainingCase]:
         return _unique(path, load_manifest(path))
     if not path.is_dir():
         raise MissingInputError(f"{shown(path)}: no such folder; layout {layout} is a folder of cases")
+    from jrs.train.cache import Cache  # which itself speaks of cases
+
+    if layout == "auto" and Cache.is_one(path):
+        return Cache.open(path).cases()
     kind = detect_layout(path) if layout == "auto" else layout
     cases = _FOLDERS[kind][1](path)
     if not cases:

@@ -44,7 +44,7 @@ def find(folder: Path) -> list[TrainingCase]:
     images: dict[tuple[str, str | None], dict[str, list[_Image]]] = {}
     labels: dict[tuple[str, str | None], list[_Image]] = {}
     for found in _images(folder):
-        stem, modality = split_name(found.path.name)
+        modality = split_name(found.path.name)[1]
         if stem_of(found.path.name).endswith("_dseg"):
             labels.setdefault(found.session, []).append(found)
         elif modality is not None and not found.pipeline:

@@ -20,6 +20,7 @@ from jrs.train.datasets.walk import folders_below, stem_of
 _SINCE_2023 = {1: CORE, 2: EDEMA, 3: ENHANCING}
 _LANDMARKS = "_landmarks.csv"
 _SEGMENTATION = re.compile(r"^(?P<case>.+?)[_-](tumou?r[_-])?segm?(entation)?([_-].*)?$", re.IGNORECASE)
+_STRUCTURES = re.compile(r"^(?P<case>.+?)[_-](?P<kind>aseg|synthseg|seg35)$", re.IGNORECASE)
 _STRAY_SEGMENTATION = re.compile(r"(^|[_-])segm?(entation)?$", re.IGNORECASE)
 
 
@@ -53,6 +54,7 @@ _NAMINGS = (
 class _Files:
     images: dict[str, Path] = field(default_factory=dict)
     segmentation: Path | None = None
+    structures: Path | None = None
     landmarks: Path | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -83,21 +85,29 @@ def _group(folder: Path, names: list[str]) -> dict[str, _Files]:
         else:
             others.append(name)
     for name in others:
-        match = _SEGMENTATION.match(stem_of(name)) if IMAGE_FILE.search(name) else None
-        case = match["case"] if match else name.removesuffix(_LANDMARKS)
-        if match and case not in groups and _naming(case):
-            groups[case] = _Files()  # a label map whose images are missing
-        if case not in groups:
-            continue
-        files = groups[case]
-        if match is None:
-            files.landmarks = folder / name
-        elif files.segmentation is None:
-            files.segmentation = folder / name
-        else:
-            files.notes.append(f"two label maps, {files.segmentation.name} is taken and {name} is not")
+        _assign(groups, folder, name)
     _adopt_stray(folder, others, groups)
     return groups
+
+
+def _assign(groups: dict[str, _Files], folder: Path, name: str) -> None:
+    """Give a label map or landmarks to the case that it belongs to."""
+    if name.endswith(_LANDMARKS):
+        if (case := name.removesuffix(_LANDMARKS)) in groups:
+            groups[case].landmarks = folder / name
+        return
+    if not IMAGE_FILE.search(name):
+        return
+    if (match := _STRUCTURES.match(stem_of(name))) and match["case"] in groups:
+        groups[match["case"]].structures = folder / name
+    elif match := _SEGMENTATION.match(stem_of(name)):
+        case = match["case"]
+        if case not in groups and _naming(case):
+            groups[case] = _Files()  # a label map whose images are missing
+        if case in groups and groups[case].segmentation is None:
+            groups[case].segmentation = folder / name
+        elif case in groups:
+            groups[case].notes.append(f"more than one tumour label map, {name} is not taken")
 
 
 def _add(files: _Files, modality: str, path: Path) -> None:
@@ -137,6 +147,8 @@ def _case(stem: str, files: _Files) -> TrainingCase:
         subject=subject,
         session=session,
         tumor_classes=None if files.segmentation is None else classes,
+        structures=None if files.structures is None else ImageFile(files.structures),
+        numbering="seg35" if files.structures and "seg35" in files.structures.name else "freesurfer",
         landmarks=files.landmarks,
         layout="brats",
         notes=tuple(notes),

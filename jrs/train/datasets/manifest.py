@@ -65,7 +65,8 @@ def case_of_row(row: dict[str, Any], folder: Path, where: str, name: str = "") -
         name=name,
         images=files,
         segmentation=segmentation,
-        subject=str(row.get("subject") or ""),
+        # A row's number tells nobody's identity.
+        subject=str(row.get("subject") or row.get("case") or next(iter(files.values()))),
         session=str(row["session"]) if row.get("session") else None,
         tumor_classes=_classes(row["labels"], where) if row.get("labels") else None,
         structures=structures,
