@@ -21,6 +21,7 @@ from jrs.train.datasets import TrainingCase
 SPLITS = "splits.json"
 _FORMAT = 1
 _SHOWN = 3
+_SAMPLE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -49,24 +50,42 @@ def identities(cases: Iterable[TrainingCase], hashes: Mapping[str, Iterable[str]
 
 
 def repeated_images(cases: Sequence[TrainingCase]) -> dict[str, list[str]]:
-    """SHA-256 of the image files that may be there twice, by case; only files of equal size are read.
+    """SHA-256 of the image files that may be there twice, by case.
 
-    Files that cannot be read are left for the reader to name.
+    Only files that agree in size and in a sample of their bytes are read in full; files that cannot be read are left
+    for the reader to name.
     """
-    uses: dict[tuple[int, int | None], list[tuple[str, Path]]] = {}
+    uses: dict[tuple[bytes, int | None], list[tuple[str, Path]]] = {}
+    samples: dict[Path, bytes | None] = {}
     for case in cases:
         for file in case.images.values():
-            if file.path.is_file():
-                uses.setdefault((file.path.stat().st_size, file.volume), []).append((case.name, file.path))
+            if file.path not in samples:
+                samples[file.path] = _sample(file.path)
+            if (sample := samples[file.path]) is not None:
+                uses.setdefault((sample, file.volume), []).append((case.name, file.path))
+    files: dict[Path, str] = {}
     hashes: dict[str, list[str]] = {}
     for (_, volume), users in uses.items():
         if len({name for name, _ in users}) > 1:
             for name, path in users:
                 try:
-                    hashes.setdefault(name, []).append(f"{sha256_of(path)}{volume or ''}")
+                    files[path] = files.get(path) or sha256_of(path)
                 except OSError:
                     continue
+                hashes.setdefault(name, []).append(f"{files[path]}{'' if volume is None else volume}")
     return hashes
+
+
+def _sample(path: Path) -> bytes | None:
+    """A file's size and the hash of its middle, which differs between images even where they are not compressed."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            stream.seek(size // 2)
+            middle = stream.read(_SAMPLE_BYTES)
+    except OSError:
+        return None
+    return hashlib.sha256(size.to_bytes(8, "little") + middle).digest()
 
 
 def make_splits(
