@@ -33,7 +33,7 @@ _SHORT_MM, _LONG_MM = 90.0, 400.0
 # Behind the voxels of an honest gzip: tags of MGH, padding.
 _TAIL_BYTES = 1024**2
 _FEW_QUICK = 64
-_FEWEST_VOXELS = 1000
+_LEAST_ML = 50.0  # a newborn's brain has 300
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,10 @@ def _voxels(case: TrainingCase) -> tuple[dict[int, int] | None, tuple[str, ...],
             findings += [
                 Finding("warning" if "NaN" in note else "note", f"{modality}: {note}") for note in volume.notes
             ]
-            if np.count_nonzero(volume.foreground()) < _FEWEST_VOXELS:
-                findings.append(Finding("error", f"{modality}: holds next to nothing above zero"))
+            extent_ml = np.count_nonzero(volume.foreground()) * volume.geometry.voxel_volume_ml
+            if extent_ml < _LEAST_ML:
+                text = f"{modality}: only {extent_ml:.0f} ml are above zero, no brain is in it"
+                findings.append(Finding("error", text))
     except JrsError as error:
         findings.append(Finding("error", str(error)))
     if case.segmentation is not None:
