@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,13 +84,18 @@ def _show(report: ScanReport) -> None:
         values = "" if case.values is None else " " + ",".join(map(str, case.values))
         named = {"seg": "seg" + values, "structures": "structures"}
         labels = [text for role, text in named.items() if role in case.case.files()]
-        findings = "\n".join(f"{f.level}: {f.text}" for f in case.findings) or "ok"
         who = case.case.subject + (f" / {case.case.session}" if case.case.session else "")
-        columns = (case.case.name, who, ",".join(case.case.images), " + ".join(labels), f"{shape} {spacing}", findings)
-        return [escape(text) for text in columns]
+        counts = Counter(finding.level for finding in case.findings)
+        told = ", ".join(f"{n} {level}{'s' if n > 1 else ''}" for level, n in sorted(counts.items())) or "ok"
+        images = ",".join(case.case.images)
+        return [escape(t) for t in (case.case.name, who, images, " + ".join(labels), f"{shape} {spacing}", told)]
 
     columns = ("case", "subject / session", "images", "labels", "voxels, mm", "found")
     table("cases, every voxel read" if report.deep else "cases, headers only", columns, map(row, report.cases))
+    # A line each, which a search finds whole: the table breaks names.
+    for case in report.cases:
+        for finding in case.findings:
+            note(f"{finding.level}: {case.case.name}: {finding.text}")
     for finding in report.cohort:
         note(f"{finding.level}: {finding.text}")
 

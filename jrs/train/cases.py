@@ -21,6 +21,7 @@ from jrs.runtime.preprocess import place_grid
 from jrs.train.batch import PairBatch, concatenate, pair_indices
 from jrs.train.cache import Cache
 from jrs.train.datasets import TrainingCase, find_cases
+from jrs.train.datasets.scan import scan_case
 from jrs.train.preparing import UNKNOWN, Align, PreparedCase, prepare_case
 from jrs.train.splits import check_splits, identities, repeated_images
 from jrs.volume import Volume
@@ -158,15 +159,36 @@ class Cohort:
         return [] if self.cache is None else list(self.cache.index.failed)
 
     def pairs(self, names: Iterable[str], model: ModelSpec, atlas: Path, seed: int, align: Align = "auto") -> CasePairs:
-        """Pairs of some of the cases; raises BadDataError if there are fewer than two."""
+        """Pairs of some of the cases.
+
+        Raises BadDataError if there are fewer than two, and, before the first is prepared, for what headers and names
+        show to be unusable.
+        """
         chosen = set(names)
         cases = [case for case in self.cases if case.name in chosen]
         if len(cases) < 2:
             raise BadDataError(f"{self.path}: {len(cases)} cases make no pair; at least 2 are needed on either side")
         volume = read_volume(atlas)
         if self.cache is None:
+            _refuse_unusable(self.path, cases, model)
             return CasePairs(cases, model, volume, seed, align)
         return CasePairs(CachedCases(self.cache, [case.name for case in cases], model), model, volume, seed)
+
+
+def _refuse_unusable(path: Path, cases: Sequence[TrainingCase], model: ModelSpec) -> None:
+    needed = tuple(channel for channel in model.channels if channel not in model.optional_channels)
+    errors = []
+    for case in cases:
+        found = [f.text for f in scan_case(case).findings if f.level == "error"]
+        found += [f"lacks {channel}, which the network needs" for channel in needed if channel not in case.images]
+        if not found and not set(case.images) & set(model.channels):
+            found.append(f"has none of {', '.join(model.channels)}")
+        errors += [f"{case.name}: {found[0]}"] if found else []
+    if errors:
+        raise BadDataError(
+            f"{path}: {len(errors)} of {len(cases)} cases cannot be used ({errors[0]}); jrs data scan lists them all, "
+            "and --out of it writes a manifest without them"
+        )
 
 
 def check_apart(train: Cohort, held: Cohort) -> None:
