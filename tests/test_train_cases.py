@@ -92,6 +92,7 @@ def test_cases_are_normalised_and_paired(write: Any) -> None:
     pairs = case_pairs(cases)
     assert len(pairs) == 2
     batch, (order,) = pairs.batch(0, 1), pair_indices(0, 1, 2, 0)
+    assert pairs.names(0, 1) == [("ab"[order[0]], "ab"[order[1]])]
     sides = {
         order[0]: (batch.moving, batch.moving_present, batch.moving_tumor),
         order[1]: (batch.fixed, batch.fixed_present, batch.fixed_tumor),
@@ -264,8 +265,7 @@ def test_unusable_cases_are_refused_before_the_first_is_prepared(cohort: Any, tm
     atlas = tmp_path / "atlas.nii.gz"
     opened = cohort(False)
     opened.cases[2] = dataclasses.replace(opened.cases[2], images={"t1": opened.cases[2].images["t1"]})
-    with pytest.raises(BadDataError, match=r"1 of 5 cases cannot be used \(c2: lacks flair[^
-]+jrs data scan"):
+    with pytest.raises(BadDataError, match=r"1 of 5 cases cannot be used \(c2: lacks flair[^\n]+jrs data scan"):
         opened.pairs(names(opened), model_spec(optional=()), atlas, 0)
     opened.pairs(names(opened), model_spec(), atlas, 0)
     image = tmp_path / "c3_t1.nii.gz"

@@ -37,7 +37,7 @@ from jrs.train.labelmaps import LabelMaps
 from jrs.train.log import RunLog
 from jrs.train.loop import BEST, LAST, Trainer
 from jrs.train.objective import joint_loss, structure_overlap
-from jrs.train.run import TrainRequest, load_config, train_run
+from jrs.train.run import TrainRequest, load_config, split_indices, train_run
 from jrs.train.synth import SyntheticPairs
 
 Array = np.ndarray[Any, Any]
@@ -318,6 +318,21 @@ def test_batches_are_slices_of_one_sequence(size: int) -> None:
     parts = [pair for index in range(30 // size) for pair in pair_indices(index, size, 4, 3)]
     assert parts == whole
     assert pair_indices(0, 30, 4, 4) != whole
+
+
+@pytest.mark.parametrize("count", [4, 5, 16, 100])
+def test_held_out_images(count: int) -> None:
+    config = dataclasses.replace(train_config(), validation_share=0.15)
+    held, rest = split_indices(count, config)
+    assert sorted(held + rest) == list(range(count))
+    assert min(len(held), len(rest)) >= 2
+    assert len(held) == max(2, round(0.15 * count))
+    assert split_indices(count, config) == (held, rest)
+
+
+def test_too_few_images_to_hold_some_out() -> None:
+    with pytest.raises(ConfigurationError, match="too few"):
+        split_indices(3, train_config())
 
 
 # The objective ----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -13,17 +13,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jrs.errors import BadDataError, OutOfMemoryError
+from jrs.errors import BadDataError, ConfigurationError, OutOfMemoryError
 from jrs.files import sha256_of
 from jrs.manifest import ModelSpec
 from jrs.reading import read_volume
 from jrs.runtime.preprocess import place_grid
 from jrs.train.batch import PairBatch, concatenate, pair_indices
 from jrs.train.cache import Cache
+from jrs.train.config import TrainConfig
 from jrs.train.datasets import TrainingCase, find_cases
 from jrs.train.datasets.scan import scan_case
 from jrs.train.preparing import UNKNOWN, Align, PreparedCase, prepare_case
-from jrs.train.splits import check_splits, identities, repeated_images
+from jrs.train.splits import (
+    SPLITS,
+    Splits,
+    check_splits,
+    identities,
+    repeated_images,
+    settle_splits,
+    write_splits,
+)
 from jrs.volume import Volume
 
 _MEMORY_SHARE = 0.7
@@ -37,8 +46,11 @@ class CaseSource(Protocol):
     def __len__(self) -> int:
         """Number of cases."""
 
+    def name(self, index: int) -> str:
+        """Of one case."""
+
     def load(self, index: int) -> PreparedCase:
-        """One case, the same at every call."""
+        """One case, the same at every call; called from several threads."""
 
 
 class MemoryCases:
@@ -62,6 +74,10 @@ class MemoryCases:
         """Number of cases."""
         return len(self.cases)
 
+    def name(self, index: int) -> str:
+        """Of one case."""
+        return self.cases[index].name
+
     def load(self, index: int) -> PreparedCase:
         """One case; raises what `prepare_case` raises."""
         if index not in self._kept:
@@ -79,6 +95,10 @@ class CachedCases:
     def __len__(self) -> int:
         """Number of cases."""
         return len(self.names)
+
+    def name(self, index: int) -> str:
+        """Of one case."""
+        return self.names[index]
 
     def load(self, index: int) -> PreparedCase:
         """One case with the model's channels."""
@@ -114,6 +134,11 @@ class CasePairs:
             a, b = self._tensors(moving), self._tensors(fixed)
             pairs.append(PairBatch(a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]))
         return concatenate(pairs)
+
+    def names(self, index: int, size: int) -> list[tuple[str, str]]:
+        """Names of the moving and the fixed case of each pair of ``batch(index, size)``."""
+        pairs = pair_indices(index, size, len(self), self.seed)
+        return [(self.source.name(moving), self.source.name(fixed)) for moving, fixed in pairs]
 
     def _tensors(self, index: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Image (1,C,X,Y,Z), channels that are there (1,C), tumour (1,X,Y,Z), structures (1,X,Y,Z)."""
@@ -173,6 +198,58 @@ class Cohort:
             _refuse_unusable(self.path, cases, model)
             return CasePairs(cases, model, volume, seed, align)
         return CasePairs(CachedCases(self.cache, [case.name for case in cases], model), model, volume, seed)
+
+
+def real_pairs(
+    data: Path,
+    validation: Path | None,
+    config: TrainConfig,
+    atlas: Path,
+    out: Path,
+    *,
+    resume: bool = False,
+    layout: str = "auto",
+    splits: Path | None = None,
+    align: Align = "auto",
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[CasePairs, CasePairs]:
+    """The pairs that a run in ``out`` trains on and those it is validated on.
+
+    Without a ``validation`` folder the splits are those of the run if it is resumed, else ``splits``, else the
+    cache's, else drawn by the seed; they are stored in the run. Raises JrsError for anything a user can mend.
+    """
+    train = held = Cohort.open(data, layout, config.model, atlas)
+    if validation is not None:
+        held = Cohort.open(validation, layout, config.model, atlas)
+        check_apart(train, held)
+        parts = Splits(tuple(case.name for case in train.cases), tuple(case.name for case in held.cases))
+    else:
+        parts = _splits_of(train, config, out, resume, splits)
+    write_splits(out / SPLITS, parts)
+    total = len(train.cases) + (0 if validation is None else len(held.cases))
+    left = total - sum(map(len, parts.parts().values()))
+    counts = f"{len(parts.train)} to train on, {len(parts.validation)} to validate on, {len(parts.test)} for testing"
+    say(f"cases: {counts}" + (f", {left} in no split" if left else ""))
+    return (
+        train.pairs(parts.train, config.model, atlas, config.seed, align),
+        held.pairs(parts.validation, config.model, atlas, config.seed + 500_009, align),
+    )
+
+
+def _splits_of(cohort: Cohort, config: TrainConfig, out: Path, resume: bool, given: Path | None) -> Splits:
+    own = out / SPLITS
+    stored = own if resume else None if cohort.cache is None else cohort.path / SPLITS
+
+    def settled(given: Path | None) -> Splits:
+        shares = (config.validation_share, 0.0)
+        return settle_splits(
+            cohort.cases, cohort.whose, config.seed, shares, given=given, stored=stored, absent=cohort.unusable
+        )
+
+    splits = settled(given)
+    if given is not None and resume and own.exists() and splits.parts() != settled(None).parts():
+        raise ConfigurationError(f"{given}: differs from {own}, by which the run was begun; drop --splits")
+    return splits
 
 
 def _refuse_unusable(path: Path, cases: Sequence[TrainingCase], model: ModelSpec) -> None:

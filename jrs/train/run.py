@@ -81,7 +81,6 @@ def _sources(request: TrainRequest, config: TrainConfig) -> tuple[PairSource, Pa
     atlas = read_volume(atlas_path(request.atlas))
     if request.synthetic is not None:
         from jrs.train.labelmaps import find_label_maps, prepare_label_maps
-        from jrs.train.splits import make_splits
         from jrs.train.synth import SyntheticPairs
 
         def load(folder: Path) -> Any:
@@ -93,51 +92,40 @@ def _sources(request: TrainRequest, config: TrainConfig) -> tuple[PairSource, Pa
         if request.validation is not None:
             held_out = load(request.validation)
         else:
-            whose = {name: frozenset({name}) for name in maps.names}
-            splits = make_splits(whose, config.seed, config.validation_share)
-            held_out = maps.subset([maps.names.index(name) for name in splits.validation])
-            maps = maps.subset([maps.names.index(name) for name in splits.train])
+            chosen, rest = split_indices(len(maps.names), config)
+            maps, held_out = maps.subset(rest), maps.subset(chosen)
         seed = config.seed
         return (
             SyntheticPairs(maps, config.model, config.synthesis, seed),
             SyntheticPairs(held_out, config.model, config.synthesis, seed + 500_009),
         )
-    return _real_cases(request, config)
-
-
-def _real_cases(request: TrainRequest, config: TrainConfig) -> tuple[PairSource, PairSource]:
-    """Cases of a folder, manifest or cache; the splits are stored in the run and stay what they are."""
-    from jrs.train.cases import Cohort, check_apart
-    from jrs.train.splits import SPLITS, Splits, settle_splits, write_splits
+    from jrs.train.cases import real_pairs
 
     assert request.data is not None
-    atlas = atlas_path(request.atlas)
-    train = held = Cohort.open(request.data, request.layout, config.model, atlas)
-    if request.validation is not None:
-        held = Cohort.open(request.validation, request.layout, config.model, atlas)
-        check_apart(train, held)
-        splits = Splits(tuple(case.name for case in train.cases), tuple(case.name for case in held.cases))
-    else:
-        own = request.out / SPLITS
-        stored = own if request.resume else None if train.cache is None else request.data / SPLITS
-        shares = (config.validation_share, 0.0)
-
-        def settled(given: Path | None) -> Splits:
-            return settle_splits(
-                train.cases, train.whose, config.seed, shares, given=given, stored=stored, absent=train.unusable
-            )
-
-        splits = settled(request.splits)
-        if request.resume and own.exists() and splits.parts() != settled(None).parts():
-            raise ConfigurationError(f"{request.splits}: differs from {own}, by which the run was begun; drop --splits")
-    write_splits(request.out / SPLITS, splits)
-    left = len(train.cases) + (len(held.cases) if held is not train else 0) - sum(map(len, splits.parts().values()))
-    counts = f"{len(splits.train)} to train on, {len(splits.validation)} to validate on, {len(splits.test)} for testing"
-    _say(f"cases: {counts}" + (f", {left} in no split" if left else ""))
-    return (
-        train.pairs(splits.train, config.model, atlas, config.seed, request.align),
-        held.pairs(splits.validation, config.model, atlas, config.seed + 500_009, request.align),
+    return real_pairs(
+        request.data,
+        request.validation,
+        config,
+        atlas_path(request.atlas),
+        request.out,
+        resume=request.resume,
+        layout=request.layout,
+        splits=request.splits,
+        align=request.align,
+        say=_say,
     )
+
+
+def split_indices(count: int, config: TrainConfig) -> tuple[list[int], list[int]]:
+    """Held-out and remaining indices, by the run's seed; at least two of each."""
+    import torch
+
+    if count < 4:
+        raise ConfigurationError(f"{count} images are too few to hold some out; give --validation or at least 4")
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(count, generator=generator).tolist()
+    held = min(max(2, round(count * config.validation_share)), count - 2)
+    return sorted(order[:held]), sorted(order[held:])
 
 
 def _say(text: str) -> None:
