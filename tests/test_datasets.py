@@ -258,6 +258,15 @@ def test_two_visits_of_oasis_are_one_subject(tmp_path: Path) -> None:
     assert [(c.subject, c.session) for c in find_cases(tmp_path)] == [("OAS1_0061", "MR1"), ("OAS1_0061", "MR2")]
 
 
+def test_freesurfers_subjects_of_a_bids_data_set(tmp_path: Path) -> None:
+    inside = "derivatives/freesurfer/sub-01_ses-a/mri"
+    touch(tmp_path, f"{inside}/norm.mgz", f"{inside}/aseg.mgz", "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz")
+    assert detect_layout(tmp_path) == "bids"
+    assert only(tmp_path).images["t1"].path.name == "sub-01_ses-a_T1w.nii.gz"
+    case = only(tmp_path / "derivatives/freesurfer")
+    assert (case.layout, case.subject, case.session) == ("freesurfer", "sub-01", "ses-a")
+
+
 def test_mgz_is_read_with_its_affine(tmp_path: Path) -> None:
     affine = np.array([[-1.0, 0, 0, 4], [0, 0, 1, -3], [0, -1, 0, 5], [0, 0, 0, 1]])
     data = np.random.default_rng(0).uniform(1, 100, (6, 7, 8)).astype(np.float32)

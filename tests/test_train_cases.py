@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from jrs.geometry import Geometry
 from jrs.manifest import GridSpec, ModelSpec
 from jrs.train.batch import PairBatch, pair_indices
 from jrs.train.cache_build import build_cache
-from jrs.train.cases import CasePairs, Cohort, MemoryCases, check_apart
+from jrs.train.cases import CasePairs, Cohort, MemoryCases, check_apart, real_pairs
+from jrs.train.config import TrainConfig
 from jrs.train.datasets import ImageFile, TrainingCase
 from jrs.train.datasets.manifest import write_manifest
 from jrs.volume import Volume
@@ -288,6 +290,26 @@ def test_a_validation_folder_that_shares_a_subject_or_an_image(cohort: Any, tmp_
     held = dataclasses.replace(train, cases=[TrainingCase("x", {"t1": ImageFile(copy)})])
     with pytest.raises(BadDataError, match=r"share 1 image \(train: c0 and validation: x\)"):
         check_apart(train, held)
+
+
+def test_a_resumed_run_keeps_its_splits(cohort: Any, tmp_path: Path) -> None:
+    """As drawn by the first seed, whatever the configuration says later; other splits are refused."""
+    cohort(False)
+    first, later = (TrainConfig(model=model_spec(), seed=seed, validation_share=0.3) for seed in (0, 1))
+    data, atlas, out = tmp_path / "cases.csv", tmp_path / "atlas.nii.gz", tmp_path / "run"
+    said: list[str] = []
+    train, held = real_pairs(data, None, first, atlas, out, say=said.append)
+    assert said == [f"cases: {len(train)} to train on, {len(held)} to validate on, 0 for testing"]
+    stored = (out / "splits.json").read_bytes()
+    again = real_pairs(data, None, later, atlas, out, resume=True)
+    assert (out / "splits.json").read_bytes() == stored
+    assert set(sum(again[0].names(0, len(again[0])), ())) == set(sum(train.names(0, len(train)), ()))
+    others = tmp_path / "others.json"
+    others.write_text(json.dumps({"train": ["c4", "s0"], "validation": ["s1"]}))
+    with pytest.raises(ConfigurationError, match=rf"^{others}: differs from {out}/splits\.json"):
+        real_pairs(data, None, later, atlas, out, resume=True, splits=others)
+    given, _ = real_pairs(data, None, later, atlas, tmp_path / "new", splits=others)
+    assert set(sum(given.names(0, 3), ())) == {"c4", "c0", "c1"}
 
 
 def test_more_cases_than_memory(write: Any) -> None:

@@ -35,8 +35,8 @@ class _Image:
 
 
 def recognized(folder: Path) -> bool:
-    """Whether the folder holds subjects' folders."""
-    return any(p.name.startswith("sub-") and p.is_dir() for p in folder.iterdir())
+    """Whether the folder holds subjects' folders; those that fMRIPrep has FreeSurfer write are called the same."""
+    return any(True for pattern in ("sub-*/anat", "sub-*/ses-*/anat") for _ in folder.glob(pattern))
 
 
 def find(folder: Path) -> list[TrainingCase]:
