@@ -114,7 +114,7 @@ def scan_cases(
     done: Callable[[CaseReport], None] = lambda report: None,
 ) -> ScanReport:
     """Look at every case, ``workers`` at a time; a case that lacks one of the ``required`` modalities is unusable."""
-    look = partial(scan_case, deep=deep, required=tuple(required))
+    look = partial(scan_case, deep=deep)
     # Headers of a few cases are read before another process would have started.
     reports = for_each(look, cases, workers if deep or len(cases) > _FEW_QUICK else 1, done)
     if not deep:
@@ -129,7 +129,7 @@ def scan_cases(
 # One case -------------------------------------------------------------------------------------------------
 
 
-def scan_case(case: TrainingCase, deep: bool = False, required: tuple[str, ...] = ()) -> CaseReport:
+def scan_case(case: TrainingCase, deep: bool = False) -> CaseReport:
     """Look at one case; nothing that its files can do is raised."""
     findings = [Finding("note", note) for note in case.notes]
     if not case.images:
