@@ -17,12 +17,22 @@ def train(
         typer.Option("--synthetic", help="Folder of label maps (FreeSurfer numbers) to draw images from."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="CSV or JSON manifest: case, one column a modality, seg.")
+        Path | None,
+        typer.Option("--data", help="Cases: a folder (BraTS, MSD, BIDS, FreeSurfer), a manifest, or a cache."),
     ] = None,
     validation: Annotated[
         Path | None,
-        typer.Option("--validation", help="Held-out label maps or manifest (default: a share of the data)."),
+        typer.Option("--validation", help="Held-out label maps or cases (default: a share of the subjects)."),
     ] = None,
+    layout: Annotated[
+        str, typer.Option("--layout", help="Of --data: auto, brats, msd, bids, freesurfer or manifest.")
+    ] = "auto",
+    splits: Annotated[
+        Path | None, typer.Option("--splits", help="JSON of case or subject names: train, validation, test.")
+    ] = None,
+    align: Annotated[
+        str, typer.Option("--align", help="auto: align affinely what lies not on the atlas's grid; or off.")
+    ] = "auto",
     config: Annotated[
         str | None, typer.Option("--config", help="TOML file, or one of default, default-3mm, paper.")
     ] = None,
@@ -41,9 +51,13 @@ def train(
     seed: Annotated[int | None, typer.Option("--seed", help="Of everything random.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads.")] = None,
 ) -> None:
-    """Train the joint network on label maps (synthetic images) or on cases of a manifest."""
+    """Train the joint network on label maps (synthetic images) or on real cases."""
     if (synthetic is None) == (data is None):
-        raise UsageError("give either --synthetic LABEL_DIR or --data MANIFEST")
+        raise UsageError("give either --synthetic LABEL_DIR or --data CASES")
+    if align not in ("auto", "off"):
+        raise UsageError(f"--align {align} is unknown; choose auto or off")
+    if splits is not None and (validation is not None or synthetic is not None):
+        raise UsageError("--splits parts the cases of --data; it excludes --validation and --synthetic")
     if resume and init is not None:
         raise UsageError("--resume and --init exclude each other")
     from jrs.train.run import TrainRequest, train_run
@@ -62,5 +76,8 @@ def train(
             overrides={name: value for name, value in overrides.items() if value is not None},
             head=head,
             threads=threads,
+            layout=layout,
+            splits=splits,
+            align="off" if align == "off" else "auto",
         )
     )

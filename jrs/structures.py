@@ -42,6 +42,12 @@ STRUCTURES: dict[str, int] = {
 }
 """The 30 structures that Dice is measured on: name to FreeSurfer number, in the order of the compact index 1..30."""
 
+SEG35 = (
+    *(2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 26, 28, 30, 31),
+    *(41, 42, 43, 44, 46, 47, 49, 50, 51, 52, 53, 54, 58, 60, 62, 63),
+)
+"""FreeSurfer number of each label 1..35 of ``seg35`` in the neurite OASIS release: FreeSurfer's own order, no CSF."""
+
 FIRST_EXTRACEREBRAL = 500
 """Labels from here on (skull, scalp, eyes) lie outside the brain."""
 

@@ -31,7 +31,8 @@ BraTS of every year and BIDS; in BIDS a ``ce-`` entity turns a T1w into t1ce.
 """
 
 _MODALITY_OF = {ending: modality for modality, endings in ENDINGS.items() for ending in endings}
-_FILE = re.compile(r"\.(nii|nii\.gz|mgz)$", re.IGNORECASE)
+IMAGE_FILE = re.compile(r"\.(nii|nii\.gz|mgz)$", re.IGNORECASE)
+"""How the name of an image ends that a folder is searched for."""
 _ANY_IMAGE = re.compile(r"\.(nii|mgz|mgh|hdr|img)(\.gz)?$", re.IGNORECASE)
 _LONGEST_NAME = 120  # bytes: output names add up to about 80, file systems take 255
 
@@ -59,9 +60,9 @@ def find_case(folder: Path | str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     entries = _entries(folder)
     for name, is_file in entries:
-        modality = _split_name(name)[1]
+        modality = split_name(name)[1]
         # Hidden files: macOS leaves ._ twins of every image on foreign disks.
-        if modality is None or name.startswith(".") or not _FILE.search(name) or not is_file:
+        if modality is None or name.startswith(".") or not IMAGE_FILE.search(name) or not is_file:
             continue
         if modality in found:
             both = f"{shown(found[modality].name)} and {shown(name)}"
@@ -127,7 +128,7 @@ def _case_of_file(path: Path, modality: str | None, channels: list[str] | None, 
     count = count_channels(path)
     name = _common_name([path])
     if count == 1 and channels is None:
-        return Case(name, _read({modality or _split_name(path.name)[1] or "t1": path}), path)
+        return Case(name, _read({modality or split_name(path.name)[1] or "t1": path}), path)
     if modality is not None:
         raise UsageError(f"{shown(path)}: file has {count} volumes, --modality is for a single one; use --channels")
     names = default_channels if channels is None else channels
@@ -177,14 +178,19 @@ def _entries(folder: Path) -> list[tuple[str, bool]]:
         raise MissingInputError(f"{shown(folder)}: no such folder; check the path") from error
 
 
-def _split_name(name: str) -> tuple[str, str | None]:
+def known_modality(word: str) -> str | None:
+    """The modality that a word such as ``t1gd`` or ``T2w`` stands for."""
+    return _MODALITY_OF.get(word.strip().lower())
+
+
+def split_name(name: str) -> tuple[str, str | None]:
     """A file's name without what tells its format and modality, and the modality, if it tells one.
 
-    >>> _split_name("BraTS-GLI-00000-000-t1n.nii.gz")
+    >>> split_name("BraTS-GLI-00000-000-t1n.nii.gz")
     ('BraTS-GLI-00000-000', 't1')
-    >>> _split_name("sub-01_ce-gadolinium_T1w.nii.gz")
+    >>> split_name("sub-01_ce-gadolinium_T1w.nii.gz")
     ('sub-01', 't1ce')
-    >>> _split_name("BraTS20_001_seg.nii.gz")
+    >>> split_name("BraTS20_001_seg.nii.gz")
     ('BraTS20_001_seg', None)
     """
     stem = _ANY_IMAGE.sub("", name)
@@ -204,7 +210,7 @@ def _split_name(name: str) -> tuple[str, str | None]:
 def _common_name(files: list[Path]) -> str:
     """What the files' names have in common, else the name of the folder that they lie in."""
     # By whole words: what case_12 and case_13 have in common is case, not case_1.
-    words = [re.split(r"([_.-])", _split_name(file.name)[0]) for file in files]
+    words = [re.split(r"([_.-])", split_name(file.name)[0]) for file in files]
     shared = takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
     common = _safe("".join(column[0] for column in shared))
     return common or _safe(files[0].resolve().parent.name) or "case"

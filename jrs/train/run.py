@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jrs.errors import CannotCreateError, ConfigurationError, MissingInputError
 from jrs.reading import read_volume
@@ -30,6 +30,9 @@ class TrainRequest:
     overrides: dict[str, Any] = field(default_factory=dict)
     head: str | None = None
     threads: int | None = None
+    layout: str = "auto"
+    splits: Path | None = None
+    align: Literal["auto", "off"] = "auto"
 
 
 def load_config(name: str, overrides: dict[str, Any] | None = None, head: str | None = None) -> TrainConfig:
@@ -101,18 +104,20 @@ def _sources(request: TrainRequest, config: TrainConfig) -> tuple[PairSource, Pa
             SyntheticPairs(maps, config.model, config.synthesis, seed),
             SyntheticPairs(held_out, config.model, config.synthesis, seed + 500_009),
         )
-    from jrs.train.cases import CasePairs, load_manifest
+    from jrs.train.cases import real_pairs
 
     assert request.data is not None
-    cases = load_manifest(request.data)
-    if request.validation is not None:
-        held = load_manifest(request.validation)
-    else:
-        chosen, rest = split_indices(len(cases), config)
-        cases, held = [cases[i] for i in rest], [cases[i] for i in chosen]
-    return (
-        CasePairs(cases, config.model, atlas, config.seed),
-        CasePairs(held, config.model, atlas, config.seed + 500_009),
+    return real_pairs(
+        request.data,
+        request.validation,
+        config,
+        atlas_path(request.atlas),
+        request.out,
+        resume=request.resume,
+        layout=request.layout,
+        splits=request.splits,
+        align=request.align,
+        say=_say,
     )
 
 
