@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -18,7 +20,8 @@ from jrs.manifest import GridSpec, ModelSpec
 from jrs.structures import STRUCTURES
 from jrs.train.augment import affine_matrices, augment, sampling_coords
 from jrs.train.batch import PairBatch, concatenate
-from jrs.train.config import AugmentConfig
+from jrs.train.config import AugmentConfig, LossConfig, OptimizerConfig, TrainConfig
+from jrs.train.loop import Trainer
 
 SHAPE = (32, 48, 16)
 CHANNELS = ("t1", "t1ce", "t2")
@@ -437,6 +440,49 @@ def test_channels_are_drawn_apart() -> None:
     drawn = torch.cat([moving, fixed]).float()
     np.testing.assert_allclose(drawn.mean(dim=1), 0.5, atol=0.2)
     assert np.abs(np.corrcoef(drawn.numpy()) - np.eye(4)).max() < 0.45
+
+
+# In a run -------------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """The same two pairs, always."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def batch(self, index: int, size: int) -> PairBatch:
+        return batch(size)
+
+
+def losses_of_a_run(folder: Path, **changes: Any) -> dict[str, float]:
+    """Loss of a step and of the validation after it, the weights all but standing still."""
+    model = dataclasses.replace(
+        spec(), architecture=Architecture(in_channels=3, base_channels=2, head="displacement", deep_supervision=1)
+    )
+    config = TrainConfig(
+        model=model, optimizer=OptimizerConfig(learning_rate=1e-12), epochs=1, steps_per_epoch=1, validation_pairs=1,
+        precision="fp32", log_every=1, **changes,
+    )  # fmt: skip
+    Trainer(config, Kept(), Kept(), folder).run()
+    with (folder / "metrics.csv").open() as file:
+        return {row["split"]: float(row["value"]) for row in csv.DictReader(file) if row["name"] == "loss"}
+
+
+def test_a_run_augments_what_it_trains_with_and_nothing_else(tmp_path: Path) -> None:
+    plain = losses_of_a_run(tmp_path / "plain")
+    changed = losses_of_a_run(tmp_path / "changed", augment=EVERYTHING)
+    assert set(plain) == {"train", "validation"}
+    assert plain["validation"] == pytest.approx(changed["validation"], rel=1e-5)
+    assert abs(plain["train"] - changed["train"]) > 1e-4
+
+
+def test_a_run_counts_both_ways(tmp_path: Path) -> None:
+    plain = losses_of_a_run(tmp_path / "plain")
+    loss = LossConfig(similarity_measure="lncc", structure_dice=1.0, symmetric=1.0, inverse_consistency=1.0)
+    both = losses_of_a_run(tmp_path / "both", loss=loss, augment=EVERYTHING)
+    assert all(np.isfinite(value) and value > 0 for value in both.values())
+    assert both["validation"] != pytest.approx(plain["validation"], rel=1e-3)
 
 
 # Configuration --------------------------------------------------------------------------------------------
