@@ -124,6 +124,11 @@ def test_one_generator_serves_all_pairs() -> None:
     assert same(first, augment(pairs, EVERYTHING, torch.Generator().manual_seed(0), spec()))
 
 
+def test_a_generator_too_few() -> None:
+    with pytest.raises(ValueError, match="1 generators for 2 pairs"):
+        augment(batch(), EVERYTHING, generators(1), spec())
+
+
 def test_images_keep_their_layout_and_type() -> None:
     pairs = batch()
     layout = torch.channels_last_3d

@@ -43,15 +43,18 @@ def augment(
     if not config.active:
         return batch
     pairs = batch.moving.shape[0]
-    dice = _Dice([generator] * pairs if isinstance(generator, torch.Generator) else list(generator))
-    batch = _without_channels(batch, config, dice, model)
-    batch = _mirrored(batch, config, dice, model.grid)
+    draws = _Draws([generator] * pairs if isinstance(generator, torch.Generator) else list(generator))
+    if len(draws.generators) != pairs:
+        raise ValueError(f"{len(draws.generators)} generators for {pairs} pairs")
+    batch = _without_channels(batch, config, draws, model)
+    batch = _mirrored(batch, config, draws, model.grid)
     if not config.changes_images:
         return batch
-    deformed, coords = _deformation(config, dice, model.grid, batch.moving.device)
+    deformed, coords = _deformation(config, draws, model.grid, batch.moving.device)
     images = torch.cat([batch.moving, batch.fixed]).contiguous()
     present = torch.cat([batch.moving_present, batch.fixed_present])
-    images = _changed(images, present, deformed, coords, config, dice, model)
+    with torch.autocast(images.device.type, enabled=False):
+        images = _changed(images, present, deformed, coords, config, draws, model)
     if batch.moving.is_contiguous(memory_format=torch.channels_last_3d):
         images = images.to(memory_format=torch.channels_last_3d)
     batch = dataclasses.replace(batch, moving=images[:pairs], fixed=images[pairs:])
@@ -65,7 +68,7 @@ def augment(
     )
 
 
-class _Dice:
+class _Draws:
     """Draws for all pairs at once, each pair's by its own generator and in the same order whatever is drawn."""
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
@@ -96,18 +99,18 @@ class _Dice:
 # Channels and mirrors -----------------------------------------------------------------------------------------------
 
 
-def _without_channels(batch: PairBatch, config: AugmentConfig, dice: _Dice, model: ModelSpec) -> PairBatch:
+def _without_channels(batch: PairBatch, config: AugmentConfig, draws: _Draws, model: ModelSpec) -> PairBatch:
     """Modality dropout: optional channels of either image left out, never all that it has."""
-    draws = dice.images(len(model.channels))
+    chances = draws.images(len(model.channels))
     if not config.drop_channel:
         return batch
     optional = torch.tensor([channel in model.optional_channels for channel in model.channels])
-    dropped = ((draws < config.drop_channel) & optional).to(batch.moving.device)
-    draws = draws.to(batch.moving.device)
+    dropped = ((chances < config.drop_channel) & optional).to(batch.moving.device)
+    chances = chances.to(batch.moving.device)
     present = torch.cat([batch.moving_present, batch.fixed_present])
     kept = present * ~dropped
     # Where all were dropped, the one that came closest to staying does.
-    last = functional.one_hot(torch.where(present > 0, draws, -1.0).argmax(dim=1), present.shape[1]) * present
+    last = functional.one_hot(torch.where(present > 0, chances, -1.0).argmax(dim=1), present.shape[1]) * present
     kept = torch.where(kept.sum(dim=1, keepdim=True) > 0, kept, last)
     n = batch.moving.shape[0]
     return dataclasses.replace(
@@ -130,11 +133,11 @@ def mirrored_structures() -> Tensor:
     return torch.tensor(table, dtype=torch.uint8)
 
 
-def _mirrored(batch: PairBatch, config: AugmentConfig, dice: _Dice, grid: GridSpec) -> PairBatch:
+def _mirrored(batch: PairBatch, config: AugmentConfig, draws: _Draws, grid: GridSpec) -> PairBatch:
     """Both images of a pair and their labels mirrored along anatomical axes, left structures becoming right ones."""
-    draws = dice.pairs(3) < torch.tensor(config.flip)
+    chosen = draws.pairs(3) < torch.tensor(config.flip)
     for which, letters in enumerate(("LR", "AP", "IS")):
-        pairs = draws[:, which]
+        pairs = chosen[:, which]
         if not pairs.any():
             continue
         axis = next(i for i, letter in enumerate(grid.orientation) if letter in letters)
@@ -155,13 +158,13 @@ def _mirrored(batch: PairBatch, config: AugmentConfig, dice: _Dice, grid: GridSp
 
 
 def _deformation(
-    config: AugmentConfig, dice: _Dice, grid: GridSpec, device: torch.device
+    config: AugmentConfig, draws: _Draws, grid: GridSpec, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Which images (2N, on the CPU) are deformed, and where (D,3,X,Y,Z) each voxel of those is sampled."""
-    affine, angles, stretch = dice.images() < config.affine, dice.signed(3), dice.signed(3)
-    skews, shift = dice.signed(3), dice.signed(3)
-    elastic, amplitude = dice.images() < config.elastic, 0.2 + 0.8 * dice.images()
-    coarse = dice.normal(3, *_control_points(grid, config.elastic_control_mm))
+    affine, angles, stretch = draws.images() < config.affine, draws.signed(3), draws.signed(3)
+    skews, shift = draws.signed(3), draws.signed(3)
+    elastic, amplitude = draws.images() < config.elastic, 0.2 + 0.8 * draws.images()
+    coarse = draws.normal(3, *_control_points(grid, config.elastic_control_mm))
     deformed = affine | elastic
     matrices = affine_matrices(
         angles * math.radians(config.rotation_deg), stretch * config.scale, skews * config.shear
@@ -244,7 +247,7 @@ def _changed(
     deformed: Tensor,
     coords: Tensor,
     config: AugmentConfig,
-    dice: _Dice,
+    draws: _Draws,
     model: ModelSpec,
 ) -> Tensor:
     """Images (2N,C,X,Y,Z) deformed, changed in their intensities and normalised again."""
@@ -255,11 +258,12 @@ def _changed(
         light.values[rows] = warp(light.values[rows], coords) * ~_outside(coords).unsqueeze(1)
     foreground = light.values > _FOREGROUND
     for effect in (_blur, _coarsen, _bias, _gamma, _noise):
-        touched |= effect(light, config, dice, model.grid)
+        touched |= effect(light, config, draws, model.grid)
     changed = _normalized(light.values * foreground, foreground, model.normalization)
     # Of the normalised image, for before it they would be undone: another foreground, a lesion that shifts the mean.
-    scaled = dice.images(images.shape[1]) < config.intensity
-    scale, shift = (dice.signed(images.shape[1]) * r * scaled for r in (config.intensity_scale, config.intensity_shift))
+    scaled = draws.images(images.shape[1]) < config.intensity
+    change = draws.signed(2, images.shape[1]) * scaled.unsqueeze(1)
+    scale, shift = change[:, 0] * config.intensity_scale, change[:, 1] * config.intensity_shift
     factor, offset = (_per_channel(x.to(images.device)) for x in (1.0 + scale, shift))
     changed = torch.where(foreground, changed * factor + offset, changed) * _per_channel(present)
     return torch.where(_per_channel((touched | scaled).to(images.device)), changed, images)
@@ -328,10 +332,10 @@ def _along(values: Tensor, matrices: Tensor, axis: int) -> Tensor:
     return torch.matmul(values, matrices.transpose(1, 2).unsqueeze(1))
 
 
-def _blur(light: _Light, config: AugmentConfig, dice: _Dice, grid: GridSpec) -> Tensor:
+def _blur(light: _Light, config: AugmentConfig, draws: _Draws, grid: GridSpec) -> Tensor:
     """Gaussian, the same along all axes in mm."""
     channels = light.values.shape[1]
-    chosen, sigma_mm = dice.images(channels) < config.blur, dice.images(channels) * config.blur_mm
+    chosen, sigma_mm = draws.images(channels) < config.blur, draws.images(channels) * config.blur_mm
 
     def change(values: Tensor, numbers: Tensor) -> Tensor:
         for axis, spacing in enumerate(grid.spacing):
@@ -344,12 +348,12 @@ def _blur(light: _Light, config: AugmentConfig, dice: _Dice, grid: GridSpec) -> 
     return light.change(chosen, change)
 
 
-def _coarsen(light: _Light, config: AugmentConfig, dice: _Dice, grid: GridSpec) -> Tensor:
+def _coarsen(light: _Light, config: AugmentConfig, draws: _Draws, grid: GridSpec) -> Tensor:
     """Thick slices along one axis: means over slabs, linear between their middles."""
     channels = light.values.shape[1]
-    chosen = dice.images(channels) < config.resolution
-    axes = (3.0 * dice.images(channels)).long().clamp(max=2)
-    factors = 1.0 + dice.images(channels) * (config.resolution_factor - 1.0)
+    chosen = draws.images(channels) < config.resolution
+    axes = (3.0 * draws.images(channels)).long().clamp(max=2)
+    factors = 1.0 + draws.images(channels) * (config.resolution_factor - 1.0)
     for axis, n in enumerate(grid.shape):
 
         def change(values: Tensor, numbers: Tensor, axis: int = axis, n: int = n) -> Tensor:
@@ -363,11 +367,11 @@ def _coarsen(light: _Light, config: AugmentConfig, dice: _Dice, grid: GridSpec) 
     return chosen
 
 
-def _bias(light: _Light, config: AugmentConfig, dice: _Dice, grid: GridSpec) -> Tensor:
+def _bias(light: _Light, config: AugmentConfig, draws: _Draws, grid: GridSpec) -> Tensor:
     """A smooth factor, as of coils."""
     channels = light.values.shape[1]
-    chosen, strength = dice.images(channels) < config.bias, dice.images(channels) * config.bias_strength
-    coarse = dice.normal(channels, *_control_points(grid, config.bias_control_mm)).flatten(0, 1)
+    chosen, strength = draws.images(channels) < config.bias, draws.images(channels) * config.bias_strength
+    coarse = draws.normal(channels, *_control_points(grid, config.bias_control_mm)).flatten(0, 1)
 
     def change(values: Tensor, numbers: Tensor) -> Tensor:
         logarithm = _smooth(coarse[numbers].unsqueeze(1).to(values.device), grid.shape)[:, 0]
@@ -376,19 +380,19 @@ def _bias(light: _Light, config: AugmentConfig, dice: _Dice, grid: GridSpec) -> 
     return light.change(chosen, change)
 
 
-def _gamma(light: _Light, config: AugmentConfig, dice: _Dice, grid: GridSpec) -> Tensor:
+def _gamma(light: _Light, config: AugmentConfig, draws: _Draws, grid: GridSpec) -> Tensor:
     """A power between 1 / (1 + range) and 1 + range."""
     channels = light.values.shape[1]
-    chosen = dice.images(channels) < config.gamma
-    power = (1.0 + config.gamma_range) ** dice.signed(channels)
+    chosen = draws.images(channels) < config.gamma
+    power = (1.0 + config.gamma_range) ** draws.signed(channels)
     return light.change(chosen, lambda v, numbers: v.clamp(min=0.0) ** _column(power.flatten()[numbers], v))
 
 
-def _noise(light: _Light, config: AugmentConfig, dice: _Dice, grid: GridSpec) -> Tensor:
+def _noise(light: _Light, config: AugmentConfig, draws: _Draws, grid: GridSpec) -> Tensor:
     """Gaussian, its deviation a share of the foreground's."""
     images, channels = light.values.shape[:2]
-    chosen, level = dice.images(channels) < config.noise, dice.images(channels) * config.noise_level
-    device, seeds = light.values.device, dice.seeds()
+    chosen, level = draws.images(channels) < config.noise, draws.images(channels) * config.noise_level
+    device, seeds = light.values.device, draws.seeds()
     drawn = {}
     for pair, seed in enumerate(seeds):
         generator = torch.Generator(device).manual_seed(seed)
