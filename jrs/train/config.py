@@ -152,6 +152,82 @@ class SynthesisConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """How a batch is changed before a step; the field named for an effect is its chance, those after it its size.
+
+    A chance is per image, of intensities per channel, of a flip per pair. All are 0 by default.
+
+    Attributes:
+        drop_channel: of each optional channel to be left out (modality dropout); one always stays.
+        flip: left-right, front-back, up-down; a left-right flip exchanges left and right structures.
+        affine: of a random affine map about the grid's middle.
+        rotation_deg, scale, shear, shift_mm: its largest part about or along each axis.
+        elastic: of a smooth random displacement.
+        elastic_mm, elastic_control_mm: its largest standard deviation, and the distance of its control points.
+        blur: of a Gaussian blur; ``blur_mm`` its largest standard deviation.
+        resolution: of thick slices along a random axis; ``resolution_factor`` the most voxels that one spans.
+        bias: of a bias field.
+        bias_strength, bias_control_mm: largest deviation of its logarithm, and the distance of its control points.
+        gamma: of a power of the intensities, between 1 / (1 + ``gamma_range``) and 1 + ``gamma_range``.
+        noise: of Gaussian noise; ``noise_level`` its largest deviation as a share of the foreground's.
+        intensity: of a change of the normalised foreground's level.
+        intensity_scale, intensity_shift: its largest factor less 1, and its largest shift in deviations.
+    """
+
+    drop_channel: float = 0.0
+    flip: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    affine: float = 0.0
+    rotation_deg: float = 10.0
+    scale: float = 0.1
+    shear: float = 0.05
+    shift_mm: float = 5.0
+    elastic: float = 0.0
+    elastic_mm: float = 3.0
+    elastic_control_mm: float = 32.0
+    blur: float = 0.0
+    blur_mm: float = 1.0
+    resolution: float = 0.0
+    resolution_factor: float = 4.0
+    bias: float = 0.0
+    bias_strength: float = 0.3
+    bias_control_mm: float = 70.0
+    gamma: float = 0.0
+    gamma_range: float = 0.4
+    noise: float = 0.0
+    noise_level: float = 0.2
+    intensity: float = 0.0
+    intensity_scale: float = 0.1
+    intensity_shift: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("drop_channel", "affine", "elastic", *_INTENSITY_EFFECTS):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigurationError(f"{name} is a chance between 0 and 1, not {getattr(self, name)}")
+        if not all(0.0 <= chance <= 1.0 for chance in self.flip):
+            raise ConfigurationError(f"flip is three chances between 0 and 1, not {self.flip}")
+        for name, value in vars(self).items():
+            if name != "flip" and not 0.0 <= value < math.inf:
+                raise ConfigurationError(f"{name} must be 0 or more, not {value}")
+        if self.scale >= 1.0 or self.shear >= 1.0 or self.intensity_scale >= 1.0:
+            raise ConfigurationError("scale, shear and intensity_scale must be below 1")
+        if self.resolution_factor < 1.0 or self.elastic_control_mm < 1.0 or self.bias_control_mm < 1.0:
+            raise ConfigurationError("resolution_factor, elastic_control_mm and bias_control_mm must be at least 1")
+
+    @property
+    def changes_images(self) -> bool:
+        """Whether there is more than dropped channels and flips."""
+        return any(getattr(self, name) for name in ("affine", "elastic", *_INTENSITY_EFFECTS))
+
+    @property
+    def active(self) -> bool:
+        """Whether any chance is above 0."""
+        return bool(self.changes_images or self.drop_channel or any(self.flip))
+
+
+_INTENSITY_EFFECTS = ("blur", "resolution", "bias", "gamma", "noise", "intensity")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
@@ -172,6 +248,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     epochs: int = 200
     steps_per_epoch: int = 0
     batch_size: int = 2

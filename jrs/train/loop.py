@@ -21,6 +21,7 @@ from jrs.models.checkpoint import Checkpoint, load_checkpoint
 from jrs.models.network import JointNet
 from jrs.models.spatial import identity_coords
 from jrs.schema import encode
+from jrs.train.augment import augment
 from jrs.train.batch import PairBatch, PairSource
 from jrs.train.config import TrainConfig
 from jrs.train.log import RunLog
@@ -164,8 +165,8 @@ class Trainer:
             group["lr"] = self.progress.learning_rate
 
     def _step(self, batch: PairBatch, index: int) -> dict[str, float]:
-        batch = self._channels_last(batch)
         generator = torch.Generator().manual_seed(self.config.seed * 7_919 + index)
+        batch = augment(self._channels_last(batch), self.config.augment, generator, self.config.model)
         self.optimizer.zero_grad(set_to_none=True)
         output = forward_pair(self.net, batch, self.config.loss)
         loss, terms = joint_loss(self._module, output, batch, self.config.loss, generator)

@@ -36,21 +36,48 @@ class TrainRequest:
 
 
 def load_config(name: str, overrides: dict[str, Any] | None = None, head: str | None = None) -> TrainConfig:
-    """Read a TOML configuration, shipped or a file; ``overrides`` replace top-level fields."""
+    """Read a TOML configuration, shipped or a file; ``overrides`` replace top-level fields.
+
+    A file may start with ``extends = "NAME"``: another one, shipped or a path beside it ending in ``.toml``, whose
+    fields hold where the file does not name them.
+    """
+    path = config_path(name)
+    values = _read_config(path, ())
+    values |= overrides or {}
+    if head is not None:
+        values.setdefault("model", {}).setdefault("architecture", {})["head"] = head
+    return decode(TrainConfig, values, str(path))
+
+
+def _read_config(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The values of a file over those of the files it extends; ``above`` extend this one."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
 
-    path = config_path(name)
+    if path.resolve() in above:
+        raise ConfigurationError(f"{path}: extends itself, by way of {above[-1]}; break the circle")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigurationError(f"{path}: is not a TOML configuration ({error})") from error
-    values |= overrides or {}
-    if head is not None:
-        values.setdefault("model", {}).setdefault("architecture", {})["head"] = head
-    return decode(TrainConfig, values, str(path))
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigurationError(f"{path}: extends must be the name of one configuration, in quotes")
+    below = path.parent / base if base.endswith(".toml") else config_path(base)
+    return _merged(_read_config(below, (*above, path.resolve())), values)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Tables are merged field by field, everything else is replaced."""
+    result = dict(base)
+    for name, value in over.items():
+        below = result.get(name)
+        result[name] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
 
 
 def train_run(request: TrainRequest) -> None:
