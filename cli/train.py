@@ -39,6 +39,10 @@ def train(
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Pairs a step.")] = None,
     head: Annotated[str | None, typer.Option("--head", help="gradient (paper), potential or displacement.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of everything random.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the configuration: --set loss.similarity=0.5."),
+    ] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads.")] = None,
 ) -> None:
     """Train the joint network on label maps (synthetic images) or on cases of a manifest."""
@@ -61,6 +65,7 @@ def train(
             atlas=atlas,
             overrides={name: value for name, value in overrides.items() if value is not None},
             head=head,
+            settings=tuple(settings or ()),
             threads=threads,
         )
     )

@@ -9,10 +9,10 @@ from typing import Any
 
 from jrs.errors import CannotCreateError, ConfigurationError, MissingInputError
 from jrs.reading import read_volume
-from jrs.resources import atlas_path, config_path
-from jrs.schema import decode
+from jrs.resources import atlas_path
 from jrs.train.batch import PairSource
 from jrs.train.config import TrainConfig
+from jrs.train.configfile import load_config
 
 
 @dataclass(frozen=True)
@@ -29,25 +29,8 @@ class TrainRequest:
     atlas: str = "sri24"
     overrides: dict[str, Any] = field(default_factory=dict)
     head: str | None = None
+    settings: tuple[str, ...] = ()
     threads: int | None = None
-
-
-def load_config(name: str, overrides: dict[str, Any] | None = None, head: str | None = None) -> TrainConfig:
-    """Read a TOML configuration, shipped or a file; ``overrides`` replace top-level fields."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-
-    path = config_path(name)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigurationError(f"{path}: is not a TOML configuration ({error})") from error
-    values |= overrides or {}
-    if head is not None:
-        values.setdefault("model", {}).setdefault("architecture", {})["head"] = head
-    return decode(TrainConfig, values, str(path))
 
 
 def train_run(request: TrainRequest) -> None:
@@ -62,7 +45,7 @@ def train_run(request: TrainRequest) -> None:
         raise MissingInputError(f"{request.out}: holds no {LAST} to resume; drop --resume to start")
     if not request.resume and (request.out / LAST).exists():
         raise CannotCreateError(f"{request.out}: holds a run already; pass --resume, or choose another folder")
-    config = load_config(request.config, request.overrides, request.head)
+    config = load_config(request.config, request.overrides, request.head, request.settings)
     train, validation = _sources(request, config)
     with _ProgressBar() as bar:
         trainer = Trainer(config, train, validation, request.out, bar.update)
