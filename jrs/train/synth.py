@@ -59,6 +59,7 @@ class SyntheticPairs:
         device: torch.device | None = None,
     ) -> None:
         self.device = device if device is not None else torch.device("cpu")
+        self.map_names = maps.names
         self.structures = maps.structures.to(self.device)
         self.tissues = maps.tissues.to(self.device)
         self.model, self.config, self.seed = model, config, seed
@@ -77,6 +78,11 @@ class SyntheticPairs:
                 PairBatch(a.image, b.image, a.present, b.present, a.tumor, b.tumor, a.structures, b.structures)
             )
         return concatenate(pairs)
+
+    def names(self, index: int, size: int) -> list[tuple[str, str]]:
+        """Label maps that the moving and the fixed image of each pair of ``batch(index, size)`` are drawn from."""
+        pairs = pair_indices(index, size, len(self), self.seed)
+        return [(self.map_names[moving], self.map_names[fixed]) for moving, fixed in pairs]
 
     @torch.no_grad()
     def draw(self, map_index: int, number: int, fixed: bool) -> Drawn:
