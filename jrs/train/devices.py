@@ -6,14 +6,19 @@ and more than one device is asked for, by Lightning Fabric, which runs the comma
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+import warnings
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
-from lightning_fabric.strategies.fsdp import FSDPStrategy
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 from lightning_fabric.strategies.strategy import Strategy
+from torch import nn
 
 from jrs.errors import BackendError, ConfigurationError, first_line
 from jrs.train.config import HardwareConfig, TrainConfig
@@ -21,10 +26,6 @@ from jrs.train.config import HardwareConfig, TrainConfig
 T = TypeVar("T")
 
 _FABRIC_PRECISION: dict[str, Any] = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}
-
-
-class _Sharded(FSDPStrategy):
-    """Fabric's own class is refused on the CPU, where PyTorch can shard as well."""
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
@@ -40,7 +41,17 @@ def make_fabric(config: TrainConfig) -> Fabric:
         raise BackendError("no CUDA device was found; choose --accelerator cpu, or install PyTorch for CUDA")
     if accelerator == "cpu" and config.precision == "fp16":
         raise ConfigurationError("precision fp16 needs a GPU; choose bf16 or fp32 on the CPU")
+    if hardware.strategy == "fsdp" and config.precision == "fp16":
+        raise ConfigurationError("strategy fsdp computes in bf16 or fp32; choose one of them, or strategy ddp")
     devices, nodes = process_counts(hardware, accelerator)
+    named = getattr(sys.modules["__main__"], "__spec__", None) is not None or Path(sys.argv[0]).is_file()
+    if devices > 1 and _started() is None and not named:
+        raise BackendError(f"this command cannot be run again for each of {devices} devices; start it with torchrun")
+    # Which precision and which rank a process has is said in the run's own words or not at all.
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    # Of convolutions of 1x1x1, whose layout has no meaning.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
         return Fabric(
             accelerator=accelerator,
@@ -55,16 +66,7 @@ def make_fabric(config: TrainConfig) -> Fabric:
 
 def process_counts(hardware: HardwareConfig, accelerator: str) -> tuple[int, int]:
     """Devices a node and nodes: as asked for, else as torchrun or Slurm started this process, else one of each."""
-    environment = os.environ
-    if torch.distributed.is_torchelastic_launched():
-        local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-        started: tuple[int, int] | None = (local, int(environment["WORLD_SIZE"]) // local)
-    elif "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        nodes = int(environment.get("SLURM_NNODES", "1"))
-        # srun says tasks per node where it was asked for them, else it spreads all evenly.
-        started = int(environment.get("SLURM_NTASKS_PER_NODE", int(environment["SLURM_NTASKS"]) // nodes)), nodes
-    else:
-        started = None
+    started = _started()
     devices, nodes = hardware.devices, hardware.nodes
     if devices == -1:
         devices = max(1, torch.cuda.device_count()) if accelerator == "cuda" else 1
@@ -79,16 +81,33 @@ def process_counts(hardware: HardwareConfig, accelerator: str) -> tuple[int, int
     return started
 
 
+def _started() -> tuple[int, int] | None:
+    """Processes a node and nodes as torchrun or Slurm started them; None where neither did."""
+    environment = os.environ
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+        return local, int(environment["WORLD_SIZE"]) // local
+    if "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        nodes = int(environment.get("SLURM_NNODES", "1"))
+        # srun says tasks a node where it was asked for them, else it spreads all evenly.
+        return int(environment.get("SLURM_NTASKS_PER_NODE", int(environment["SLURM_NTASKS"]) // nodes)), nodes
+    return None
+
+
 def _strategy(hardware: HardwareConfig, processes: int) -> str | Strategy:
     if hardware.strategy == "fsdp":
-        from torch.distributed.fsdp import MixedPrecision
-
-        # Autocast decides what is computed in 16 bits; the head and the gradients' sum stay FP32 as they do in ddp.
-        whole = MixedPrecision(param_dtype=torch.float32, reduce_dtype=torch.float32, buffer_dtype=torch.float32)
-        return _Sharded(mixed_precision=whole, state_dict_type="full")
+        return ModelParallelStrategy(_shard, processes, 1, save_distributed_checkpoint=False)
     if hardware.strategy == "ddp" or processes > 1:
         return DDPStrategy()
     return "auto"
+
+
+def _shard(module: nn.Module, mesh: Any) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    # Given back after each pass: weights may be exchanged for their average in between.
+    fully_shard(module, mesh=mesh["data_parallel"], reshard_after_forward=True)
+    return module
 
 
 def share_of(config: TrainConfig, processes: int) -> int:

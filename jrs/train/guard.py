@@ -55,6 +55,9 @@ class NotANumber:
         if self._peers.first:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_json(self._folder / NAN, {"set": kind, "step": step, "pairs": entries})
+        else:
+            # All processes stop here; one of them says why.
+            raise SystemExit(JrsError.exit_code)
         first = entries[0]
         terms = f", term {' and '.join(first['not_numbers'])}" if first["not_numbers"] else ""
         more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""

@@ -82,7 +82,8 @@ class Trainer:
 
     ``report(step, steps, values)`` is called after each logged step, for a progress bar. ``fabric`` is made from the
     configuration if none is given. With several processes every one makes a Trainer and calls the same methods; the
-    first one writes. ``record`` goes into the checkpoints beside the configuration.
+    first one writes. ``record`` goes into the checkpoints beside the configuration; ``record["data"]`` has to be the
+    same when the run is resumed.
     """
 
     def __init__(
@@ -108,15 +109,17 @@ class Trainer:
         self._share = share_of(config, self.peers.count)
         self._guard = NotANumber(folder, train, validation, self.peers)
         torch.manual_seed(config.seed)
-        net = JointNet(config.model.architecture).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        sharded = config.hardware.strategy == "fsdp"  # which takes contiguous weights alone
+        layout = torch.contiguous_format if sharded else torch.channels_last_3d
+        net = JointNet(config.model.architecture).to(memory_format=layout)  # type: ignore[call-overload]
         self._module: JointNet = net
         self.net: Any = fabric.setup_module(PairLoss(net, config.loss, several=self.peers.count > 1))
         # With a scaled loss the fused step would do the unscaling, and nothing could be clipped before it.
         fused = config.precision != "fp16"
         adam = torch.optim.Adam(self.net.parameters(), lr=config.optimizer.learning_rate, fused=fused)
         self.optimizer: Any = fabric.setup_optimizers(adam)
-        sharded = config.hardware.strategy == "fsdp"
-        self.state = TrainingState(self.net, net, self.optimizer, config.optimizer.ema_decay, sharded)
+        root = self.net.module if sharded else None
+        self.state = TrainingState(net, self.optimizer, config.optimizer.ema_decay, root)
         self.steps_per_epoch = config.steps_per_epoch or max(1, math.ceil(len(train) / config.batch_size))
         self.steps = self.steps_per_epoch * config.epochs
         self.progress = Progress(learning_rate=config.optimizer.learning_rate)
@@ -139,8 +142,8 @@ class Trainer:
         checkpoint = load_last(self.folder, say)
         stored = decode(TrainConfig, checkpoint.training.get("config"), f"{self.folder / LAST}: config")
         changed = [name for name in differences(stored, self.config) if not name.startswith("hardware.")]
-        record = checkpoint.training.get("record", {})
-        changed += [name for name, value in self.record.items() if record.get(name, value) != value]
+        data, now = (record.get("data", {}) for record in (checkpoint.training.get("record", {}), self.record))
+        changed += [f"{kind} images" for kind, images in now.items() if data.get(kind, images) != images]
         if changed:
             raise ConfigurationError(
                 f"{self.folder}: was started with another configuration; {', '.join(changed)} "
@@ -292,7 +295,7 @@ class Trainer:
             gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
         # A scaled loss overflows now and then: the scaler leaves such a step out and scales less.
-        return 0.0 if self.config.precision == "fp16" else float(norm)
+        return 0.0 if self.config.precision == "fp16" else float(getattr(norm, "full_tensor", lambda: norm)())
 
     def _on_device(self, batch: PairBatch) -> PairBatch:
         batch = batch.to(self.fabric.device)

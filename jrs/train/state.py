@@ -26,22 +26,19 @@ _RAW = "weight"
 
 
 class TrainingState:
-    """What a step changes. ``wrapped`` is the module that Fabric made of a PairLoss, ``net`` the network inside."""
+    """What a step changes. ``root`` is the PairLoss whose weights are spread over the processes (fsdp), if they are."""
 
-    def __init__(self, wrapped: nn.Module, net: JointNet, optimizer: Any, ema_decay: float, sharded: bool) -> None:
+    def __init__(self, net: JointNet, optimizer: Any, ema_decay: float, root: nn.Module | None = None) -> None:
         self._net, self._optimizer, self._decay = net, optimizer, ema_decay
-        self._names = [name.removeprefix("_fsdp_wrapped_module.") for name, _ in net.named_parameters()]
-        self._root: Any = None
-        if sharded:
-            from torch.distributed.fsdp import FullyShardedDataParallel
-
-            self._root = FullyShardedDataParallel.fsdp_modules(wrapped, root_only=True)[0]
+        self._names = [name for name, _ in net.named_parameters()]
+        self._root = root
         self._average: list[Tensor] = []
         self.reset_average()
 
     @property
     def _parameters(self) -> list[Tensor]:
-        return [parameter.detach() for parameter in self._net.parameters()]
+        """The weights, or this process's part of each."""
+        return [getattr(p.detach(), "to_local", p.detach)() for p in self._net.parameters()]
 
     # The average ----------------------------------------------------------------------------------------------
 
@@ -72,7 +69,7 @@ class TrainingState:
 
     @torch.no_grad()
     def _set(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self._net.parameters(), values, strict=True):
+        for parameter, value in zip(self._parameters, values, strict=True):
             parameter.copy_(value)
 
     # Out of the network ---------------------------------------------------------------------------------------
@@ -143,7 +140,7 @@ class TrainingState:
             index, entry = name.split(".", 1)
             entries.setdefault(int(index), {})[entry] = value
         if self._root is not None:
-            self._load_sharded_moments(entries)
+            self._load_sharded_moments(self._root, entries)
             return
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         for number, values in entries.items():
@@ -155,20 +152,20 @@ class TrainingState:
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
-    def _load_sharded_moments(self, entries: dict[int, dict[str, Tensor]]) -> None:
+    def _load_sharded_moments(self, root: nn.Module, entries: dict[int, dict[str, Tensor]]) -> None:
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
         optimizer = self._optimizer.optimizer
-        groups = get_optimizer_state_dict(self._root, optimizer, options=_whole(offload=False))["param_groups"]
+        groups = get_optimizer_state_dict(root, optimizer, options=_whole())["param_groups"]
         named = {f"net.{self._names[index]}": values for index, values in entries.items()}
         whole: Any = {"state": named, "param_groups": groups}
-        set_optimizer_state_dict(self._root, optimizer, whole, options=_whole())
+        set_optimizer_state_dict(root, optimizer, whole, options=_whole())
 
 
-def _whole(offload: bool = True) -> Any:
+def _whole() -> Any:
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
-    return StateDictOptions(full_state_dict=True, cpu_offload=offload)
+    return StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 # Files ----------------------------------------------------------------------------------------------------------
