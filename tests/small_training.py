@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -28,6 +29,7 @@ SHAPE = (16, 16, 32)
 SPACING = (8.0, 8.0, 4.0)
 # Indices of tissues in a label map.
 WHITE, CORTEX, CSF = 1, 2, 4
+exact = pytest.mark.skipif(torch.cuda.is_available(), reason="bit for bit on the CPU only")
 ONE_CYCLE = OptimizerConfig(schedule="one-cycle", learning_rate=5e-3, clip_norm=1.0)
 
 

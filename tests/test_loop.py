@@ -15,6 +15,7 @@ from small_training import (
     SHAPE,
     Stopped,
     Stopping,
+    exact,
     label_maps,
     model_spec,
     rows,
@@ -104,7 +105,6 @@ def interrupted(
     return resumed
 
 
-exact = pytest.mark.skipif(torch.cuda.is_available(), reason="bit for bit on the CPU only")
 
 
 @exact

@@ -44,6 +44,7 @@ def make_fabric(config: TrainConfig) -> Fabric:
     if hardware.strategy == "fsdp" and config.precision == "fp16":
         raise ConfigurationError("strategy fsdp computes in bf16 or fp32; choose one of them, or strategy ddp")
     devices, nodes = process_counts(hardware, accelerator)
+    share_of(config, devices * nodes)
     named = getattr(sys.modules["__main__"], "__spec__", None) is not None or Path(sys.argv[0]).is_file()
     if devices > 1 and _started() is None and not named:
         raise BackendError(f"this command cannot be run again for each of {devices} devices; start it with torchrun")

@@ -217,7 +217,8 @@ class Trainer:
         if any(failed for failed, *_ in replies):
             if self.progress.step and (due or all(expected for failed, expected, *_ in replies if failed)):
                 self.save(LAST, with_optimizer=True)
-            raise failure or JrsError("another process of this run failed; its own message says why")
+            # Where it was another process that failed, that one says why.
+            raise failure or SystemExit(JrsError.exit_code)
         return parts, max(number for _, _, number, _ in replies), due
 
     def _advance(self, parts: list[PairBatch], logged: Timing) -> Timing:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from jrs.models.network import JointOutput
+from jrs.models.spatial import warp
 from jrs.train.batch import PairBatch
 
 Image = npt.NDArray[np.float32]
@@ -34,7 +35,9 @@ def draw_pair(batch: PairBatch, output: JointOutput | None) -> Picture:
     fixed, moving = _array(batch.fixed[0, channel]), _array(batch.moving[0, channel])
     columns: list[tuple[str, Image]] = [("fixed", _grey(fixed)), ("moving", _grey(moving))]
     if output is not None and output.moved is not None and output.coords_vox is not None:
-        moved = _array(output.moved[0, channel])
+        # The background of a z-scored image is zero, its middle grey: between the two only the warped mask tells.
+        foreground = (batch.moving[:1, channel : channel + 1] != 0).float()
+        moved = _array((output.moved[:1, channel] * (warp(foreground, output.coords_vox[:1])[:, 0] > 0.5))[0])
         columns += [("moved", _grey(moved)), ("fixed - moved", _signed(fixed - moved))]
     if output is not None and output.moving_probabilities is not None and output.fixed_probabilities is not None:
         for name, image, probabilities, labels in (

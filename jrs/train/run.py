@@ -89,7 +89,7 @@ def train_run(request: TrainRequest) -> None:
     """Do what was asked; raises JrsError for anything a user can mend."""
     import torch
 
-    from jrs.train.devices import Peers, make_fabric, share_of
+    from jrs.train.devices import Peers, make_fabric
     from jrs.train.memory import check_memory
 
     if request.threads:
@@ -98,10 +98,10 @@ def train_run(request: TrainRequest) -> None:
     config = configuration(request)
     fabric = make_fabric(config)
     _launch(fabric)
-    share_of(config, fabric.world_size)
+    peers = Peers(fabric)
     if request.memory_check:
-        check_memory(config, fabric.device, fabric.world_size)
-    train, validation = _in_turn(Peers(fabric), lambda: _sources(request, config))
+        _together(peers, lambda: check_memory(config, fabric.device, peers.count))
+    train, validation = _in_turn(peers, lambda: _sources(request, config))
     _train(request, config, fabric, train, validation)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -139,19 +139,31 @@ def _launch(fabric: Fabric) -> None:
 
 
 def _in_turn(peers: Peers, load: Callable[[], tuple[PairSource, PairSource]]) -> tuple[PairSource, PairSource]:
-    """The first process prepares the data and says so, the others read what it wrote; if one fails, all end."""
+    """The first process prepares the data and says so, the others read what it wrote."""
     sources: list[tuple[PairSource, PairSource]] = []
-    failure: Exception | None = None
+
+    def take() -> None:
+        with redirect_stderr(sys.stderr if peers.first else StringIO()):
+            sources.append(load())
+
     for turn in (True, False):
-        if peers.first == turn:
-            try:
-                with redirect_stderr(sys.stderr if peers.first else StringIO()):
-                    sources.append(load())
-            except Exception as error:
-                failure = error
-        if any(peers.gather(failure is not None)):
-            raise failure or JrsError("another process of this run could not load the data; its own message says why")
+        _together(peers, take if peers.first == turn else lambda: None)
     return sources[0]
+
+
+def _together(peers: Peers, act: Callable[[], None]) -> None:
+    """Act; if that fails in any process all end, and one says why."""
+    failure: Exception | None = None
+    try:
+        act()
+    except Exception as error:
+        failure = error
+    codes = peers.gather(None if failure is None else getattr(failure, "exit_code", JrsError.exit_code))
+    failed = [rank for rank, code in enumerate(codes) if code is not None]
+    if failed:
+        if failure is not None and peers.rank == failed[0]:
+            raise failure
+        raise SystemExit(codes[failed[0]])
 
 
 def _train(
