@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,9 @@ from torch import Tensor
 
 from jrs.architecture import Architecture
 from jrs.manifest import GridSpec, ModelSpec
-from jrs.models.checkpoint import Checkpoint
+from jrs.models.checkpoint import Checkpoint, load_checkpoint
 from jrs.models.network import JointNet
+from jrs.schema import encode
 from jrs.train.batch import PairBatch
 from jrs.train.config import LossConfig, OptimizerConfig, SynthesisConfig, TrainConfig
 from jrs.train.labelmaps import LabelMaps
@@ -145,3 +150,29 @@ def small_checkpoint(**changes: Any) -> Checkpoint:
     spec = model_spec()
     values = {"spec": spec, "weights": JointNet(spec.architecture).state_dict(), "training": {"a": [1, None]}}
     return Checkpoint(**values | changes)
+
+
+def start_small_run(
+    folder: Path, config: TrainConfig, *arguments: str, prefix: tuple[str, ...] = (), apart: bool = False
+) -> subprocess.Popen[str]:
+    """run_small_training.py in a process of its own; ``prefix`` stands before it, ``apart`` gives it a group."""
+    path = folder.with_suffix(".json")
+    path.write_text(json.dumps(encode(config)))
+    script = str(ROOT / "tests" / "run_small_training.py")
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.Popen(
+        [sys.executable, *prefix, script, str(folder), str(path), *arguments],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=apart,
+    )
+
+
+def same_checkpoint(a: Path, b: Path) -> bool:
+    first, second = load_checkpoint(a), load_checkpoint(b)
+    return first.training == second.training and all(
+        one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+        for one, two in ((first.weights, second.weights), (first.optimizer, second.optimizer))
+    )

@@ -124,7 +124,7 @@ LEARNING = EVERYWHERE | {"torch", "monai", "lightning_fabric", "safetensors", "h
 LIBRARIES = {
     "core": EVERYWHERE,
     "models": LEARNING | {"onnx"},  # to read the weights inside a bundle
-    "train": LEARNING | {"rich"},  # progress on stderr
+    "train": LEARNING | {"rich", "PIL"},  # progress on stderr, pictures of the validation
     "runtime": RUNTIME,
     "export": LEARNING | RUNTIME | {"onnx", "onnxscript"},
     "cli": LEARNING | RUNTIME | {"onnx", "onnxscript", "typer", "rich"},

@@ -3,52 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_training import ONE_CYCLE, ROOT, exact, train_config, trainer
+from small_training import ONE_CYCLE, exact, same_checkpoint, start_small_run, train_config, trainer
 
 from jrs.errors import ConfigurationError
 from jrs.models.checkpoint import load_checkpoint
-from jrs.schema import encode
 from jrs.train.config import OptimizerConfig, TrainConfig
 from jrs.train.log import METRICS
 from jrs.train.loop import BEST, LAST
 from jrs.train.state import PREVIOUS, checksum, load_last, save_last
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def start(folder: Path, config: TrainConfig, *arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """The small run in a process of its own."""
-    path = folder.with_suffix(".json")
-    path.write_text(json.dumps(encode(config)))
-    script = str(ROOT / "tests" / "run_small_training.py")
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return subprocess.Popen(
-        [sys.executable, *prefix, script, str(folder), str(path), *arguments],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def same_checkpoint(a: Path, b: Path) -> bool:
-    first, second = load_checkpoint(a), load_checkpoint(b)
-    return first.training == second.training and all(
-        one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-        for one, two in ((first.weights, second.weights), (first.optimizer, second.optimizer))
-    )
+PATIENCE_S = 300.0
 
 
 AVERAGED = dataclasses.replace(ONE_CYCLE, ema_decay=0.9)
@@ -57,26 +30,23 @@ AVERAGED = dataclasses.replace(ONE_CYCLE, ema_decay=0.9)
 @exact
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again(tmp_path: Path) -> None:
-    """In the middle of writing the last, the best and any checkpoint, and wherever the clock says."""
+    """In the middle of writing a checkpoint, the last or the best, and wherever the clock says."""
     config = train_config(epochs=4, steps_per_epoch=5, batch_size=2, accumulate=2, optimizer=AVERAGED, log_every=2)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     trainer(whole, config).run()
-    draw = random.Random(3)
-    for write in (1, 2, 6, 3):
-        process = start(cut, config, "--resume", "--kill-write", str(write))
-        process.communicate(timeout=120)
+    for write in (2, 6):
+        process = start_small_run(cut, config, "--resume", "--kill-write", str(write))
+        process.communicate(timeout=PATIENCE_S)
         assert process.returncode == -signal.SIGKILL
-    for _ in range(2):
-        process = start(cut, config, "--resume")
-        before = (cut / METRICS).stat().st_mtime_ns
-        deadline = time.monotonic() + 60
-        while process.poll() is None and (cut / METRICS).stat().st_mtime_ns == before and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0.0, 0.3))
-        process.kill()
-        process.communicate(timeout=60)
-    process = start(cut, config, "--resume")
-    out, errors = process.communicate(timeout=120)
+    process = start_small_run(cut, config, "--resume")
+    before, deadline = (cut / METRICS).stat().st_mtime_ns, time.monotonic() + PATIENCE_S
+    while process.poll() is None and (cut / METRICS).stat().st_mtime_ns == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(random.Random(3).uniform(0.0, 0.3))
+    process.kill()
+    process.communicate(timeout=PATIENCE_S)
+    process = start_small_run(cut, config, "--resume")
+    out, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
     assert out == "20\n"
     for name in (LAST, BEST):
@@ -85,17 +55,18 @@ def test_a_run_that_is_killed_again_and_again(tmp_path: Path) -> None:
     assert not list(cut.glob(".jrs-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_end_and_saves(tmp_path: Path, number: signal.Signals) -> None:
     config = train_config(epochs=300, checkpoint_minutes=60.0)
-    process = start(tmp_path / "run", config)
-    deadline = time.monotonic() + 60
+    process = start_small_run(tmp_path / "run", config)
+    deadline = time.monotonic() + PATIENCE_S
     path = tmp_path / "run" / METRICS
     while process.poll() is None and not (path.exists() and "train" in path.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     # Python ends with the signal itself after a KeyboardInterrupt that nobody caught.
     assert process.returncode == (-signal.SIGINT if number == signal.SIGINT else 128 + number), errors
     step = load_checkpoint(tmp_path / "run" / LAST).training["progress"]["step"]

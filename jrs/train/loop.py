@@ -325,7 +325,9 @@ class Trainer:
             for number in numbers:
                 work = Work(self._on_device(loader.next()), [torch.Generator().manual_seed(number)])
                 self.net(work)
-                mine.append((number, work.results()[0] | _overlaps(work)))
+                values = work.results()[0]
+                # Where the loss is no number there may be no coordinates to look up.
+                mine.append((number, values | (_overlaps(work) if math.isfinite(values["loss"]) else {})))
                 if number == 0 and self._log is not None:
                     self._log.write_picture(self.progress.step, draw_pair(work.batch, work.output))
         self.net.train()
