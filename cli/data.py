@@ -126,9 +126,9 @@ def prepare(
     """Prepare cases once, for training to map into memory; exit code 1 if some could not be."""
     from jrs.resources import atlas_path
     from jrs.train.cache_build import build_cache
+    from jrs.train.configfile import load_config
     from jrs.train.datasets import find_cases
     from jrs.train.pool import available_cpus
-    from jrs.train.run import load_config
 
     if align not in ("auto", "off"):
         raise UsageError(f"--align {align} is unknown; choose auto or off")

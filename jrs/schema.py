@@ -50,6 +50,23 @@ def decode(cls: type[T], value: Any, source: str) -> T:
         raise ConfigurationError(f"{source}: {error}") from error
 
 
+def decode_field(cls: type[Any], name: str, value: Any, source: str) -> Any:
+    """The value of one field of ``cls``, whose name is dotted where it lies in a nested dataclass.
+
+    Raises ConfigurationError for an unknown field, a section instead of a field, and a value of the wrong type.
+    """
+    hint: Any = cls
+    for part in name.split("."):
+        known = get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+        if part not in known:
+            where = f"known are {', '.join(known)}" if known else "the part before it has no fields"
+            raise ConfigurationError(f"{source}: unknown field {part!r}; {where}")
+        hint = known[part]
+    if dataclasses.is_dataclass(hint):
+        raise ConfigurationError(f"{source}: is a section; set one of {', '.join(get_type_hints(hint))} in it")
+    return _decode(hint, value, source)
+
+
 def _decode(hint: Any, value: Any, source: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:

@@ -124,7 +124,8 @@ LEARNING = EVERYWHERE | {"torch", "monai", "lightning_fabric", "safetensors", "h
 LIBRARIES = {
     "core": EVERYWHERE,
     "models": LEARNING | {"onnx"},  # to read the weights inside a bundle
-    "train": LEARNING | {"rich", "filelock"},  # progress on stderr, one process a cache
+    # Progress on stderr, pictures of the validation, one process a cache.
+    "train": LEARNING | {"rich", "PIL", "filelock"},
     "runtime": RUNTIME,
     "export": LEARNING | RUNTIME | {"onnx", "onnxscript"},
     "cli": LEARNING | RUNTIME | {"onnx", "onnxscript", "typer", "rich"},

@@ -5,93 +5,34 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from small_training import (
+    CORTEX,
+    CSF,
+    SHAPE,
+    SPACING,
+    STILL,
+    WHITE,
+    brain,
+    label_maps,
+    model_spec,
+    same,
+    source,
+)
 
-from jrs.architecture import Architecture
 from jrs.errors import ConfigurationError
-from jrs.manifest import GridSpec, ModelSpec
 from jrs.structures import STRUCTURES
 from jrs.train.batch import PairBatch
-from jrs.train.config import SynthesisConfig
 from jrs.train.labelmaps import LabelMaps
 from jrs.train.synth import SyntheticPairs
 
-SHAPE = (16, 16, 32)
-SPACING = (8.0, 8.0, 4.0)
-# Indices of tissues in a label map.
-WHITE, CORTEX, CSF = 1, 2, 4
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def brain(shift: int = 0, shape: tuple[int, int, int] = SHAPE) -> tuple[Tensor, Tensor]:
-    """Structures and tissues (X,Y,Z) of nested boxes: cortex around white matter around a ventricle."""
-    structures, tissues = (torch.zeros(shape, dtype=torch.uint8) for _ in range(2))
-    for inset, structure, tissue in ((2, 2, CORTEX), (4, 1, WHITE), (7, 3, CSF)):
-        box = tuple(slice(inset + (shift if axis == 2 else 0), n - inset) for axis, n in enumerate(shape))
-        structures[box], tissues[box] = structure, tissue
-    return structures, tissues
-
-
-def label_maps(count: int = 3, shape: tuple[int, int, int] = SHAPE) -> LabelMaps:
-    made = [brain(k, shape) for k in range(count)]
-    structures, tissues = (torch.stack(column) for column in zip(*made, strict=True))
-    return LabelMaps(tuple(f"map{k}" for k in range(count)), structures, tissues)
-
-
-def model_spec(
-    channels: tuple[str, ...] = ("t1", "flair"), optional: Any = None, shape: Any = SHAPE, **choices: Any
-) -> ModelSpec:
-    architecture = Architecture(
-        **{
-            "in_channels": len(channels),
-            "base_channels": 2,
-            "head": "displacement",
-            "norm": "instance",
-            **choices,
-        }
-    )
-    labels = ModelSpec().labels if architecture.segmentation else ()
-    return ModelSpec(
-        architecture,
-        channels,
-        channels if optional is None else optional,
-        GridSpec(shape, SPACING),
-        labels=labels,
-        label_values=(0, 1, 2, 4) if labels else (),
-    )
-
-
-STILL = SynthesisConfig(
-    deformation_mm=0.0, fine_deformation_mm=0.0, rotation_deg=0.0, scale=0.0, shift_mm=0.0, mirror=0.0, moving_tumor=0.0
-)
 # Nothing is cut off, nothing left on: the foreground is the brain.
 WHOLE = {"stripping": 0.0, "with_skull": 0.0, "cropped": 0.0}
-
-
-def source(
-    maps: LabelMaps | None = None, seed: int = 5, spec: ModelSpec | None = None, **synthesis: Any
-) -> SyntheticPairs:
-    config = dataclasses.replace(SynthesisConfig(), **synthesis)
-    return SyntheticPairs(maps or label_maps(), spec or model_spec(), config, seed)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether all tensors of two dataclasses are equal."""
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a)]
-    return all(x is y is None or torch.equal(x, y) for x, y in pairs)
 
 
 # Synthesis --------------------------------------------------------------------------------------------------

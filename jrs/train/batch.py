@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,20 +31,38 @@ class PairBatch:
     fixed_structures: Tensor | None = None
 
     def to(self, device: torch.device) -> PairBatch:
-        """The same on another device."""
+        """The same on another device; the copy runs on beside the host where memory is pinned."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         moved: dict[str, Any] = {k: None if v is None else v.to(device, non_blocking=True) for k, v in values.items()}
         return PairBatch(**moved)
 
 
 class PairSource(Protocol):
-    """Pairs by number: the same number always gives the same pairs, so a run can be resumed anywhere."""
+    """Pairs by number: the same number always gives the same pairs, so a run can be resumed anywhere.
+
+    Batches are slices of one sequence of pairs: batch ``index`` of ``size`` is pairs ``index * size`` to
+    ``(index + 1) * size``, whatever the size, so several processes can share a batch. ``batch`` is called from
+    several threads.
+    """
 
     def __len__(self) -> int:
         """Images that pairs are made of."""
 
     def batch(self, index: int, size: int) -> PairBatch:
         """Batch number ``index`` of ``size`` pairs."""
+
+
+@runtime_checkable
+class NamedPairs(Protocol):
+    """A source that can say which images a pair is made of."""
+
+    def names(self, index: int, size: int) -> list[tuple[str, str]]:
+        """Names of the moving and the fixed image of each pair of ``batch(index, size)``."""
+
+
+def pair_names(source: PairSource, number: int) -> tuple[str, str]:
+    """Names of the moving and the fixed image of pair ``number``; empty where the source does not know."""
+    return source.names(number, 1)[0] if isinstance(source, NamedPairs) else ("", "")
 
 
 def concatenate(pairs: list[PairBatch]) -> PairBatch:

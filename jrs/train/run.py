@@ -1,114 +1,226 @@
-"""A training run from its request: configuration, data, progress bar, loop."""
+"""A training run from its request: configuration, processes, data, loop."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field, replace
+from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from jrs.errors import CannotCreateError, ConfigurationError, MissingInputError
+from jrs.errors import BackendError, CannotCreateError, ConfigurationError, JrsError, MissingInputError, first_line
 from jrs.reading import read_volume
-from jrs.resources import atlas_path, config_path
-from jrs.schema import decode
-from jrs.train.batch import PairSource
+from jrs.resources import atlas_path
+from jrs.train.batch import NamedPairs, PairSource
 from jrs.train.config import TrainConfig
+from jrs.train.configfile import load_config, to_toml
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from jrs.train.devices import Peers
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What ``jrs train`` was asked for; see the command's help."""
+    """What ``jrs train`` was asked for; see the command's help.
+
+    ``overrides`` are fields of the configuration by their dotted names, ``settings`` the same as text. A resumed
+    run takes from its folder what is None.
+    """
 
     out: Path
     synthetic: Path | None = None
     data: Path | None = None
     validation: Path | None = None
-    config: str = "default"
+    config: str | None = None
     init: Path | None = None
     resume: bool = False
-    atlas: str = "sri24"
+    atlas: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     head: str | None = None
+    settings: tuple[str, ...] = ()
     threads: int | None = None
-    layout: str = "auto"
+    memory_check: bool = True
+    layout: str | None = None
     splits: Path | None = None
-    align: Literal["auto", "off"] = "auto"
+    align: str | None = None
 
 
-def load_config(name: str, overrides: dict[str, Any] | None = None, head: str | None = None) -> TrainConfig:
-    """Read a TOML configuration, shipped or a file; ``overrides`` replace top-level fields.
-
-    A file may start with ``extends = "NAME"``: another one, shipped or a path beside it ending in ``.toml``, whose
-    fields hold where the file does not name them.
-    """
-    path = config_path(name)
-    values = _read_config(path, ())
-    values |= overrides or {}
-    if head is not None:
-        values.setdefault("model", {}).setdefault("architecture", {})["head"] = head
-    return decode(TrainConfig, values, str(path))
+def configuration(request: TrainRequest) -> TrainConfig:
+    """The configuration that a request means, every field settled."""
+    name = request.config
+    if name is None and request.resume and (request.out / "config.toml").is_file():
+        name = str(request.out / "config.toml")
+    if name is None:
+        name = "paper" if request.data is not None else "default"
+    return load_config(name, request.overrides, request.head, request.settings)
 
 
-def _read_config(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """The values of a file over those of the files it extends; ``above`` extend this one."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+def describe(config: TrainConfig) -> str:
+    """The configuration as TOML, and as comments in it what it amounts to: weights, memory, steps."""
+    import torch
 
-    if path.resolve() in above:
-        raise ConfigurationError(f"{path}: extends itself, by way of {above[-1]}; break the circle")
-    try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigurationError(f"{path}: is not a TOML configuration ({error})") from error
-    base = values.pop("extends", None)
-    if base is None:
-        return values
-    if not isinstance(base, str):
-        raise ConfigurationError(f"{path}: extends must be the name of one configuration, in quotes")
-    below = path.parent / base if base.endswith(".toml") else config_path(base)
-    return _merged(_read_config(below, (*above, path.resolve())), values)
+    from jrs.train.devices import process_counts, share_of
+    from jrs.train.memory import estimate_memory, parameter_counts
 
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Tables are merged field by field, everything else is replaced."""
-    result = dict(base)
-    for name, value in over.items():
-        below = result.get(name)
-        result[name] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return result
+    accelerator = "cuda" if torch.cuda.is_available() and config.hardware.accelerator != "cpu" else "cpu"
+    devices, nodes = process_counts(config.hardware, accelerator)
+    share = share_of(config, devices * nodes)
+    counts = parameter_counts(config.model.architecture)
+    memory = estimate_memory(config, share)
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+    steps = (
+        f"{config.steps_per_epoch * config.epochs:,} ({config.epochs} epochs of {config.steps_per_epoch})"
+        if config.steps_per_epoch
+        else f"{config.epochs} epochs, each one pass over the training images"
+    )
+    return (
+        f"{to_toml(config)}\n"
+        f"# parameters: {sum(counts.values()):,} ({parts})\n"
+        f"# memory: about {memory.total / 2**30:.1f} GiB a process, {memory.step / 2**30:.1f} of them for the pairs "
+        f"worked off at once ({share})\n"
+        f"# steps: at most {steps}, {config.batch_size} pairs each, over {devices * nodes} process(es)\n"
+    )
 
 
 def train_run(request: TrainRequest) -> None:
     """Do what was asked; raises JrsError for anything a user can mend."""
     import torch
 
-    from jrs.train.loop import LAST, Trainer
+    from jrs.train.devices import Peers, make_fabric
+    from jrs.train.memory import check_memory
 
     if request.threads:
         torch.set_num_threads(request.threads)
-    if request.resume and not (request.out / LAST).exists():
+    request = _completed(request)
+    config = configuration(request)
+    fabric = make_fabric(config)
+    _launch(fabric)
+    peers = Peers(fabric)
+    if request.memory_check:
+        _together(peers, lambda: check_memory(config, fabric.device, peers.count))
+    train, validation = _in_turn(peers, lambda: _sources(request, config))
+    _train(request, config, fabric, train, validation)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _completed(request: TrainRequest) -> TrainRequest:
+    """The request with what a resumed run knows already; raises JrsError if the folder does not fit the request."""
+    from jrs.train.state import LAST, PREVIOUS, load_last
+
+    there = any((request.out / name).exists() for name in (LAST, PREVIOUS))
+    if request.resume and not there:
         raise MissingInputError(f"{request.out}: holds no {LAST} to resume; drop --resume to start")
-    if not request.resume and (request.out / LAST).exists():
+    if not request.resume and there:
         raise CannotCreateError(f"{request.out}: holds a run already; pass --resume, or choose another folder")
-    config = load_config(request.config, request.overrides, request.head)
-    train, validation = _sources(request, config)
-    with _ProgressBar() as bar:
-        trainer = Trainer(config, train, validation, request.out, bar.update)
+    known: dict[str, str | None] = {}
+    if request.resume and request.synthetic is None and request.data is None:
+        known = load_last(request.out).training.get("record", {}).get("options", {})
+    changes: dict[str, Any] = {
+        name: Path(value)
+        for name in ("synthetic", "data", "validation")
+        if getattr(request, name) is None and (value := known.get(name))
+    }
+    defaults = {"atlas": "sri24", "layout": "auto", "align": "auto"}
+    changes |= {name: getattr(request, name) or known.get(name) or value for name, value in defaults.items()}
+    request = replace(request, **changes)
+    if (request.synthetic is None) == (request.data is None):
+        raise ConfigurationError(f"{request.out}: give either --synthetic LABEL_DIR or --data CASES")
+    return request
+
+
+def _launch(fabric: Fabric) -> None:
+    """Start the other processes, unless torchrun or Slurm did, and let all find one another."""
+    try:
+        fabric.launch()
+    except (RuntimeError, ValueError) as error:
+        raise BackendError(f"the processes did not find one another: {first_line(error)}") from error
+
+
+def _in_turn(peers: Peers, load: Callable[[], tuple[PairSource, PairSource]]) -> tuple[PairSource, PairSource]:
+    """The first process prepares the data and says so, the others read what it wrote."""
+    sources: list[tuple[PairSource, PairSource]] = []
+
+    def take() -> None:
+        with redirect_stderr(sys.stderr if peers.first else StringIO()):
+            sources.append(load())
+
+    for turn in (True, False):
+        _together(peers, take if peers.first == turn else lambda: None)
+    return sources[0]
+
+
+def _together(peers: Peers, act: Callable[[], None]) -> None:
+    """Act; if that fails in any process all end, and one says why."""
+    failure: Exception | None = None
+    try:
+        act()
+    except Exception as error:
+        failure = error
+    codes = peers.gather(None if failure is None else getattr(failure, "exit_code", JrsError.exit_code))
+    failed = [rank for rank, code in enumerate(codes) if code is not None]
+    if failed:
+        if failure is not None and peers.rank == failed[0]:
+            raise failure
+        raise SystemExit(codes[failed[0]])
+
+
+def _train(
+    request: TrainRequest, config: TrainConfig, fabric: Fabric, train: PairSource, validation: PairSource
+) -> None:
+    from jrs.train.loop import Trainer
+    from jrs.train.progress import ProgressDisplay
+
+    first = fabric.is_global_zero
+    options = {name: _absolute(getattr(request, name)) for name in ("synthetic", "data", "validation")}
+    record = {
+        "options": options | {name: getattr(request, name) for name in ("atlas", "layout", "align")},
+        "data": {"training": _identity(train), "validation": _identity(validation)},
+    }
+    with ProgressDisplay(shown=first) as display:
+        trainer = Trainer(config, train, validation, request.out, display.update, fabric, record)
         if request.init is not None:
             trainer.start_from(request.init)
         if request.resume:
-            trainer.resume()
-        progress = trainer.run()
-    print(f"{request.out}: {progress.step} steps, best validation loss {progress.best_loss:.4f}")
+            trainer.resume(_say if first else lambda text: None)
+        try:
+            progress = trainer.run()
+        except (KeyboardInterrupt, SystemExit):
+            if first:
+                _say(f"{request.out}: stopped after step {trainer.progress.step}; continue with --resume")
+            raise
+    if first:
+        print(
+            f"{request.out}: {progress.step} steps, best validation loss {progress.best_loss:.4f}, "
+            f"{trainer.timing.wait_share:.1%} of the time waited for data"
+        )
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.resolve())
+
+
+def _identity(source: PairSource) -> str:
+    """What a source's images are called, in short: a resumed run must find the same, wherever they lie."""
+    count = f"{len(source)} images"
+    if not isinstance(source, NamedPairs):
+        return count
+    names = json.dumps(source.names(0, len(source)))
+    return f"{count}, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
 
 
 def _sources(request: TrainRequest, config: TrainConfig) -> tuple[PairSource, PairSource]:
-    atlas = read_volume(atlas_path(request.atlas))
     if request.synthetic is not None:
         from jrs.train.labelmaps import find_label_maps, prepare_label_maps
         from jrs.train.synth import SyntheticPairs
+
+        atlas = read_volume(atlas_path(request.atlas or "sri24"))
 
         def load(folder: Path) -> Any:
             return prepare_label_maps(
@@ -138,12 +250,12 @@ def _sources(request: TrainRequest, config: TrainConfig) -> tuple[PairSource, Pa
         request.data,
         request.validation,
         config,
-        atlas_path(request.atlas),
+        atlas_path(request.atlas or "sri24"),
         request.out,
         resume=request.resume,
-        layout=request.layout,
+        layout=request.layout or "auto",
         splits=request.splits,
-        align=request.align,
+        align="off" if request.align == "off" else "auto",
         say=_say,
     )
 
@@ -162,32 +274,3 @@ def split_indices(count: int, config: TrainConfig) -> tuple[list[int], list[int]
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-class _ProgressBar:
-    """Steps done, time left and the latest values, on stderr."""
-
-    def __enter__(self) -> _ProgressBar:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[values]}"),
-            console=Console(stderr=True),
-        )
-        self._bar.__enter__()
-        self._task = self._bar.add_task("training", total=None, values="")
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.__exit__(*error)
-
-    def update(self, step: int, steps: int, values: dict[str, float]) -> None:
-        shown = " ".join(
-            f"{name} {values[name]:.3f}" for name in ("loss", "val_dice_moved", "val_dice_affine") if name in values
-        )
-        self._bar.update(self._task, total=steps, completed=step, values=shown)

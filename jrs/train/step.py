@@ -1,0 +1,114 @@
+"""The loss of some pairs as one module, and what to say when it is not a number.
+
+The loss of a batch is the mean over its pairs of each pair's own joint loss. So a batch may be cut, over processes
+and into parts one after the other, and the gradients stay those of the whole: terms that are ratios over a batch (of
+labelled voxels, of structures present) would weigh a pair by its neighbours. A pair without labels counts as zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jrs.models.network import JointNet, JointOutput
+from jrs.train.batch import PairBatch
+from jrs.train.config import LossConfig
+from jrs.train.objective import forward_pair, joint_loss
+
+T = TypeVar("T")
+
+
+class Work:
+    """A batch on the device, one generator a pair, and, once worked off, what came out.
+
+    No dataclass, so that nothing on the way (autocast, DDP) looks inside and rounds the images to 16 bits.
+
+    Attributes:
+        output: of the network.
+        values: (N, 1 + terms) of each pair its loss and the terms that ``names`` names; detached, on the device.
+    """
+
+    def __init__(self, batch: PairBatch, generators: list[torch.Generator]) -> None:
+        self.batch, self.generators = batch, generators
+        self.output: JointOutput | None = None
+        self.names: list[str] = []
+        self.values = torch.empty(0)
+
+    def results(self) -> list[dict[str, float]]:
+        """Of each pair its loss and terms; waits for the device."""
+        return [dict(zip(self.names, row, strict=True)) for row in self.values.tolist()]
+
+
+class PairLoss(nn.Module):
+    """Network and joint loss in one forward pass, so that DDP and FSDP see every use of a weight."""
+
+    def __init__(self, net: JointNet, config: LossConfig, several: bool) -> None:
+        super().__init__()
+        self.net, self.config, self.several = net, config, several
+
+    def forward(self, work: Work) -> Tensor:
+        """The mean over the pairs of their losses; details go into ``work``."""
+        batch = work.batch
+        work.output = output = forward_pair(self.net, batch, self.config)
+        pairs = batch.moving.shape[0]
+        losses, rows = [], []
+        # Autocast is for the network; a loss is FP32.
+        with torch.autocast(batch.moving.device.type, enabled=False):
+            for n in range(pairs):
+                loss, terms = joint_loss(
+                    self.net, pair_of(output, n, pairs), pair_of(batch, n, pairs), self.config, work.generators[n]
+                )
+                losses.append(loss)
+                work.names = ["loss", *terms]
+                rows.append(torch.stack([loss.detach().float(), *(term.float() for term in terms.values())]))
+            work.values = torch.stack(rows)
+            total = losses[0] if pairs == 1 else torch.stack(losses).mean()
+            if self.several and self.training:
+                # Where a batch has no labels a decoder is not used; DDP waits for the gradient of every weight.
+                total = total + 0.0 * torch.stack([p.float().sum() for p in self.net.parameters()]).sum()
+        return total
+
+
+def pair_of(value: T, n: int, pairs: int) -> T:
+    """Pair ``n`` of ``pairs``, as a batch of one, of tensors whose first axis is the pair, however deep they lie."""
+    if pairs == 1:
+        return value
+    return _sliced(value, n)  # type: ignore[no-any-return]
+
+
+def _sliced(value: Any, n: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[n : n + 1]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_sliced(item, n) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _sliced(getattr(value, field.name), n) for field in dataclasses.fields(value)}
+        return type(value)(**fields)
+    return value
+
+
+def generator_of(seed: int, pair: int) -> torch.Generator:
+    """A CPU generator for everything random in one training pair's step, whichever process works it off."""
+    # PyTorch's CPU generator keeps 32 bits of a seed, so all numbers are mixed into as many.
+    mixed = np.random.SeedSequence([seed, pair, 1]).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(mixed))
+
+
+def not_numbers(values: dict[str, float]) -> list[str]:
+    """Names of the values that are NaN or infinite, terms before the loss that they make so."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    return [name for name in bad if name != "loss"] or bad
+
+
+def mean_values(pairs: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each value over the pairs that have it, in the order given."""
+    columns: dict[str, list[float]] = {}
+    for values in pairs:
+        for name, value in values.items():
+            columns.setdefault(name, []).append(value)
+    return {name: sum(column) / len(column) for name, column in columns.items()}
