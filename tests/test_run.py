@@ -110,10 +110,14 @@ def test_other_images_are_not_the_same_run(cohort: Path, capsys: pytest.CaptureF
     manifest, out = cohort / "cases" / "cases.csv", cohort / "run"
     options = ["--config", str(cohort / "small.toml"), "--align", "off", "--out", str(out)]
     assert run(["train", "--data", str(manifest), *options]) == 0
-    lines = manifest.read_text().splitlines()
-    manifest.write_text("\n".join([*lines, "case4,c0.nii.gz", "case5,c1.nii.gz", "case6,c2.nii.gz"]) + "\n")
-    assert run(["train", "--out", str(out), "--resume"]) == 78
-    assert "training images" in capsys.readouterr().err
+    lines = manifest.read_text()
+    # Further cases do not touch the run, whose splits are stored; one that is gone does.
+    manifest.write_text(lines + "case4,c0.nii.gz\n")
+    assert run(["train", "--out", str(out), "--resume"]) == 0
+    assert "1 in no split" in capsys.readouterr().err
+    manifest.write_text(lines.replace("case1,", "other,"))
+    assert run(["train", "--out", str(out), "--resume"]) == 65
+    assert "case1" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_would_be_done(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
