@@ -22,6 +22,7 @@ PACKAGES = {
     "jrs": "jrs",
     "jrs.models": "jrs/models",
     "jrs.train": "jrs/train",
+    "jrs.evaluate": "jrs/evaluate",
     "jrs.export": "export",
     "jrs.runtime": "runtime",
     "jrs.runtime.engines": "runtime/engines",
