@@ -36,10 +36,11 @@ def _options(
 
 
 def _register_verbs() -> None:
-    from jrs.cli import export, infer, train
+    from jrs.cli import evaluate, export, infer, train
 
     app.command("infer")(infer.infer)
     app.command("train")(train.train)
+    app.command("evaluate")(evaluate.evaluate)
     app.command("export")(export.export)
     app.command("import-weights")(export.import_weights)
 
