@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jrs.cli.console import note, table
+from jrs.cli.console import note
 
 
 def evaluate(
@@ -30,6 +30,7 @@ def evaluate(
         str,
         typer.Option("--baseline", help="affine,identity,ants,ants-masked,greedy,greedy-masked; affine always runs."),
     ] = "affine",
+    affine: Annotated[str, typer.Option("--affine", help="auto, rigid, or off for cases in the fixed space.")] = "auto",
     layout: Annotated[str, typer.Option("--layout", help="auto, brats, msd, bids, freesurfer, manifest.")] = "auto",
     landmark_space: Annotated[
         str, typer.Option("--landmark-space", help="What landmark files hold: lps (BraTS-Reg), ras or voxel.")
@@ -44,7 +45,7 @@ def evaluate(
     """Measure a bundle on pairs of cases, beside other registration programs, with paired tests."""
     from jrs.evaluate.compare import side_by_side
     from jrs.evaluate.run import EvaluateRequest, evaluate_run
-    from jrs.evaluate.tables import grid, plain
+    from jrs.evaluate.tables import aligned, grid, plain
 
     found = evaluate_run(
         EvaluateRequest(
@@ -56,6 +57,7 @@ def evaluate(
             pairs=pairs,
             pairing=pairing,
             layout=layout,
+            affine=affine,
             baselines=tuple(name.strip() for name in baseline.split(",") if name.strip()),
             landmark_space=landmark_space,
             limit=limit,
@@ -67,8 +69,7 @@ def evaluate(
         ),
         lambda text: note(f"jrs: {text}"),
     )
-    columns, rows = grid(found.summaries, found.methods)
-    table(f"{found.about['bundle']['name']}, mean ± standard deviation", columns, rows)
+    note("\n".join(aligned(*grid(found.summaries, found.methods))))
     means = {name: {m: s.mean for m, s in by.items()} for name, by in side_by_side(found.summaries, found.methods)}
     line = {"out": str(out), "pairs": found.about["pairs"], "failed": found.failed, "mean": means}
     print(json.dumps(plain(line), ensure_ascii=False))

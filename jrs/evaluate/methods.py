@@ -74,8 +74,20 @@ class _Known:
         return self.transform.points(points_ras)
 
 
+@dataclass(frozen=True, eq=False)
+class Inference:
+    """What jrs made of a pair, and what every method is measured with; ``predicted`` holds class indices."""
+
+    result: Result
+    data: PairData
+    predicted: npt.NDArray[np.uint8] | None
+
+
 class Evaluator:
-    """Runs and scores all methods on one pair after the other; ``work`` is a folder for temporary files."""
+    """Runs and scores all methods on one pair after the other; ``work`` is a folder for temporary files.
+
+    ``affine`` is what ``InferOptions`` takes.
+    """
 
     def __init__(
         self,
@@ -83,32 +95,56 @@ class Evaluator:
         methods: Sequence[str],
         work: Path,
         space: LandmarkSpace = "lps",
+        affine: str = "auto",
         threads: int | None = None,
     ) -> None:
-        self.pipeline, self.methods, self.work, self.space, self.threads = pipeline, methods, work, space, threads
+        self.pipeline, self.methods, self.work, self.space = pipeline, tuple(methods), work, space
+        self.affine, self.threads = affine, threads
         self.spec = pipeline.network.bundle.manifest.model
         self._fixed: Subject | None = None
 
     def evaluate(self, pair: Pair, progress: Callable[[str], None] = lambda text: None) -> PairScores:
         """All scores of a pair; raises JrsError if the pair cannot be evaluated."""
+        progress("jrs")
+        found = self.infer(pair)
+        scores: list[MethodScore] = []
+        if found.predicted is not None:
+            for region, volume in (found.result.volumes_ml or {}).get("native", {}).items():
+                scores.append(MethodScore("jrs", "tumor_predicted_ml", region, volume))
+            truth = found.data.moving.tumor
+            if truth is not None:
+                scores += [_of("jrs", score) for score in segmentation_scores(found.predicted, truth)]
+        for method, transform, seconds in self.transforms(found, progress):
+            scores += [_of(method, score) for score in registration_scores(transform, found.data)]
+            scores.append(MethodScore(method, "seconds", "", seconds))
+        return PairScores([*scores, *_to_affine(scores)], list(found.result.warnings))
+
+    def infer(self, pair: Pair) -> Inference:
+        """Run the pipeline on a pair, as ``jrs infer`` would."""
         moving = read_subject(pair.moving, self.spec, self.space)
         fixed = self._fixed_subject(pair)
-        progress("jrs")
         with tempfile.TemporaryDirectory(dir=self.work) as here:
             case, atlas = staged(pair.moving, Path(here)), staged(pair.fixed, self.work / "fixed")
-            result = self.pipeline.infer(case, atlas, inverse=False)
+            result = self.pipeline.infer(case, atlas, inverse=False, affine=self.affine)
         predicted = None if result.labels_native is None else as_classes(result.labels_native, self.spec)
-        scores: list[MethodScore] = []
-        if predicted is not None:
-            for region, volume in (result.volumes_ml or {}).get("native", {}).items():
-                scores.append(MethodScore("jrs", "tumor_predicted_ml", region, volume))
-            if moving.tumor is not None:
-                scores += [_of("jrs", score) for score in segmentation_scores(predicted, moving.tumor)]
-        data = _pair_data(moving, fixed, result, predicted)
-        for method, transform, seconds in self._transforms(result, data, progress):
-            scores += [_of(method, score) for score in registration_scores(transform, data)]
-            scores.append(MethodScore(method, "seconds", "", seconds))
-        return PairScores([*scores, *_to_affine(scores)], list(result.warnings))
+        return Inference(result, _pair_data(moving, fixed, result, predicted), predicted)
+
+    def transforms(
+        self, found: Inference, progress: Callable[[str], None] = lambda text: None
+    ) -> Iterator[tuple[str, SpatialTransform, float]]:
+        """Each method, its total transform and the seconds it took; other programs run when their turn comes."""
+        timings = found.result.timings_s
+        affine = sum(timings.get(stage, 0.0) for stage in ("read_case", "read_atlas", "affine"))
+        yield "jrs", _Known(found.result.transform, found.result.field), timings["total"]
+        for method in self.methods[1:]:
+            if method == "affine":
+                yield method, Transform(found.result.transform.affine, None, self.threads), affine
+            elif method == "identity":
+                yield method, Transform(np.eye(4), None, self.threads), 0.0
+            else:
+                progress(method)
+                peer = self._peer(method, found.data)
+                yield method, peer.transform, peer.seconds
 
     def _fixed_subject(self, pair: Pair) -> Subject:
         if self._fixed is None or self._fixed.case != pair.fixed:
@@ -117,22 +153,6 @@ class Evaluator:
             self.pipeline = Pipeline(self.pipeline.network, self.pipeline.threads)
             self._fixed = read_subject(pair.fixed, self.spec, self.space)
         return self._fixed
-
-    def _transforms(
-        self, result: Result, data: PairData, progress: Callable[[str], None]
-    ) -> Iterator[tuple[str, SpatialTransform, float]]:
-        timings = result.timings_s
-        affine = sum(timings.get(stage, 0.0) for stage in ("read_case", "read_atlas", "affine"))
-        yield "jrs", _Known(result.transform, result.field), timings["total"]
-        for method in self.methods[1:]:
-            if method == "affine":
-                yield method, Transform(result.transform.affine, None, self.threads), affine
-            elif method == "identity":
-                yield method, Transform(np.eye(4), None, self.threads), 0.0
-            else:
-                progress(method)
-                found = self._peer(method, data)
-                yield method, found.transform, found.seconds
 
     def _peer(self, method: str, data: PairData) -> PeerResult:
         moving_tumor = fixed_tumor = None

@@ -1,18 +1,19 @@
 """Other registration programs, run as their authors recommend: ANTs (antspyx) and greedy (picsl-greedy).
 
-Each aligns affinely and deformably by itself. Files go through a temporary folder, so that what is applied is what
+Each aligns affinely and deformably by itself, in a process of its own: a library that aborts takes no evaluation with
+it, and what it prints does not mix with results. Files go through a temporary folder, so that what is applied is what
 the program wrote: one total displacement field, read as any ITK field is.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jrs.errors import BackendError, JrsError, first_line
+from jrs.errors import BackendError
 from jrs.evaluate.transforms import FieldTransform
 from jrs.itk import load_field
 from jrs.volume import Volume
@@ -30,6 +31,8 @@ Mask = npt.NDArray[np.bool_]
 
 PEERS = {"ants": ("ants", "antspyx"), "greedy": ("picsl_greedy", "picsl-greedy")}
 """Program: the module to import, and the package that brings it."""
+TOTAL = "total.nii.gz"
+"""What each writes: the total displacement field."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,13 @@ def require(name: str) -> None:
     """Raise BackendError if the program behind a method (``ants``, ``greedy-masked``) is not installed."""
     module, package = PEERS[name.removesuffix("-masked")]
     try:
-        importlib.import_module(module)
-    except ImportError as error:
+        there = importlib.util.find_spec(module) is not None
+    except ValueError:  # a module that was marked as missing
+        there = False
+    if not there:
         raise BackendError(
-            f"--baseline {name} needs the package {package} ({first_line(error)}); pip install 'jrs[peers]' brings it"
-        ) from error
+            f"--baseline {name} needs the package {package}, which is not installed; pip install 'jrs[peers]' brings it"
+        )
 
 
 def register(
@@ -65,7 +70,6 @@ def register(
     Raises BackendError if the program is missing or fails.
     """
     require(name)
-    run: Callable[..., Path] = {"ants": _ants, "greedy": _greedy}[name]
     with tempfile.TemporaryDirectory(prefix="jrs-peer-") as folder:
         work = Path(folder)
         start = time.perf_counter()
@@ -73,33 +77,28 @@ def register(
             save_nifti(work / f"{role}.nii", volume.data.astype(np.float32), volume.geometry)
             if tumor is not None and tumor.any():
                 save_nifti(work / f"{role}_cost.nii", (~tumor).astype(np.uint8), volume.geometry, "label")
-        try:
-            with _quiet():
-                written = run(work, threads)
-            field = load_field(written)
-        except JrsError:
-            raise
-        except Exception as error:
-            raise BackendError(f"{name}: failed ({first_line(error)}); try it on this pair by itself") from error
+        done = subprocess.run(
+            [sys.executable, "-m", "jrs.evaluate.peers", name, folder, str(threads or 0)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=_environment(threads),
+            check=False,
+        )
+        if done.returncode != 0:
+            said = ([line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no reason given"])[-1]
+            raise BackendError(f"{name}: ended with exit code {done.returncode} ({said}); leave it out for this pair")
+        field = load_field(work / TOTAL)
         return PeerResult(FieldTransform(field, threads), time.perf_counter() - start)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Send what a library in C++ prints to the null device: stdout is for results."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(null)
+def _environment(threads: int | None) -> dict[str, str]:
+    """This process's, and where it finds its modules."""
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
+    return {**found, "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": str(threads)} if threads else found
 
 
-def _ants(work: Path, threads: int | None) -> Path:
+def _ants(work: Path) -> None:
     """SyN after an affine, mutual information, antspyx's own settings; the seed makes runs repeatable."""
     ants: Any = importlib.import_module("ants")
     moving, fixed = (ants.image_read(str(work / f"{role}.nii")) for role in ("moving", "fixed"))
@@ -120,10 +119,10 @@ def _ants(work: Path, threads: int | None) -> Path:
     path = ants.apply_transforms(
         fixed=fixed, moving=moving, transformlist=found["fwdtransforms"], compose=str(work / "total_")
     )
-    return Path(path)
+    Path(path).replace(work / TOTAL)
 
 
-def _greedy(work: Path, threads: int | None) -> Path:
+def _greedy(work: Path, threads: int) -> None:
     """Affine, then deformable, both by normalised cross-correlation of radius 2, 100x50x10 iterations."""
     greedy = importlib.import_module("picsl_greedy").Greedy3D()
     pair, masks = f"-i {work}/fixed.nii {work}/moving.nii", ""
@@ -133,6 +132,12 @@ def _greedy(work: Path, threads: int | None) -> Path:
     options = f"-d 3 -m NCC 2x2x2 -n 100x50x10 -V 0{f' -threads {threads}' if threads else ''}"
     greedy.execute(f"{options} {pair} -a -ia-image-centers -o {work}/affine.mat")
     greedy.execute(f"{options} {pair}{masks} -it {work}/affine.mat -o {work}/warp.nii.gz")
-    total = work / "total.nii.gz"
-    greedy.execute(f"-d 3 -rf {work}/fixed.nii -r {work}/warp.nii.gz {work}/affine.mat -rc {total} -V 0")
-    return total
+    greedy.execute(f"-d 3 -rf {work}/fixed.nii -r {work}/warp.nii.gz {work}/affine.mat -rc {work / TOTAL} -V 0")
+
+
+if __name__ == "__main__":
+    _, program, folder, count = sys.argv
+    if program == "ants":
+        _ants(Path(folder))
+    else:
+        _greedy(Path(folder), int(count))

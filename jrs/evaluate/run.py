@@ -40,6 +40,9 @@ class EvaluateRequest:
         atlas_labels: anatomical label map of the atlas, FreeSurfer numbers.
         pairs: CSV with columns moving and fixed.
         pairing: all or ring.
+        layout: of ``data``, as in `find_cases`.
+        affine: auto, rigid or off, as in ``jrs infer``.
+        landmark_space: of landmark files, as in `read_landmarks`.
         baselines: other methods, of `BASELINES`; affine is always among them.
         limit: at most so many pairs.
         resume: keep the pairs that are finished in ``out``.
@@ -55,6 +58,7 @@ class EvaluateRequest:
     pairing: str | None = None
     layout: str = "auto"
     baselines: tuple[str, ...] = ()
+    affine: str = "auto"
     landmark_space: str = "lps"
     limit: int | None = None
     resume: bool = False
@@ -89,6 +93,8 @@ def evaluate_run(request: EvaluateRequest, progress: Callable[[str], None] = lam
     """
     if request.landmark_space not in get_args(LandmarkSpace):
         raise UsageError(f"--landmark-space {request.landmark_space}: choose {', '.join(get_args(LandmarkSpace))}")
+    if request.affine not in ("auto", "rigid", "off"):
+        raise UsageError(f"--affine {request.affine}: choose auto, rigid or off")
     methods = (METHOD, *check_baselines(request.baselines))
     pairs = choose_pairs(request)
     _prepare_out(request)
@@ -98,7 +104,7 @@ def evaluate_run(request: EvaluateRequest, progress: Callable[[str], None] = lam
         _opened(request, Path(name) / "bundle", progress) as pipeline,
     ):
         bundle = {"name": pipeline.network.bundle.name, "sha256": pipeline.network.bundle.sha256}
-        evaluator = Evaluator(pipeline, methods, Path(name), space, request.threads)
+        evaluator = Evaluator(pipeline, methods, Path(name), space, request.affine, request.threads)
         rows, warnings, failed = _all_pairs(request, evaluator, pairs, bundle["sha256"], progress)
         engine = plain(pipeline.network.info)
     about = {
@@ -178,8 +184,9 @@ def _all_pairs(
     rows: list[Row] = []
     warnings: dict[str, list[str]] = {}
     failed: dict[str, str] = {}
+    settings = {"bundle": sha256, "methods": list(evaluator.methods)}
+    settings |= {"space": evaluator.space, "affine": evaluator.affine}
     for number, pair in enumerate(pairs, start=1):
-        settings = {"bundle": sha256, "methods": list(evaluator.methods), "landmarks": request.landmark_space}
         file = request.out / _PAIRS / f"{_digest(pair)}.json"
         done = _finished(file, settings) if request.resume else None
         if done is None:

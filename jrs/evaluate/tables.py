@@ -77,11 +77,11 @@ def markdown(
     lines = [f"# {about['bundle']['name']} on {about['data']}", ""]
     lines.append(f"{about['pairs']} pairs, {len(about['failed'])} failed. Mean ± standard deviation over pairs.")
     columns, rows = grid(summaries, methods)
-    lines += ["", *_table(columns, rows)]
+    lines += ["", *aligned(columns, rows)]
     if comparisons:
         lines += ["", f"{methods[0]} minus each other method, pair by pair; Wilcoxon's signed-rank test.", ""]
         head = ["measure", "other", "pairs", "median difference", "95 % interval", "p", "p (Holm)"]
-        lines += _table(head, [_test(comparison) for comparison in comparisons])
+        lines += aligned(head, [_test(comparison) for comparison in comparisons])
     if about["failed"]:
         lines += ["", "Failed:", "", *(f"- {pair}: {reason}" for pair, reason in about["failed"].items())]
     return "\n".join(lines) + "\n"
@@ -93,9 +93,12 @@ def _test(c: Comparison) -> list[str]:
     return [name, c.other, str(c.n), _short(c.median_difference), interval, _short(c.p), _short(c.p_holm)]
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    head = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    return head + [f"| {' | '.join(row)} |" for row in rows]
+def aligned(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table whose columns also line up as plain text."""
+    cells = [list(columns), *(list(row) for row in rows)]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
 def _mean(summary: Summary) -> str:
