@@ -23,6 +23,7 @@ PACKAGES = {
     "jrs.models": "jrs/models",
     "jrs.train": "jrs/train",
     "jrs.train.datasets": "jrs/train/datasets",
+    "jrs.evaluate": "jrs/evaluate",
     "jrs.export": "export",
     "jrs.runtime": "runtime",
     "jrs.runtime.engines": "runtime/engines",

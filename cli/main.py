@@ -36,10 +36,11 @@ def _options(
 
 
 def _register_verbs() -> None:
-    from jrs.cli import data, export, infer, train
+    from jrs.cli import data, evaluate, export, infer, train
 
     app.command("infer")(infer.infer)
     app.command("train")(train.train)
+    app.command("evaluate")(evaluate.evaluate)
     app.add_typer(data.app, name="data")
     app.command("export")(export.export)
     app.command("import-weights")(export.import_weights)
