@@ -30,6 +30,7 @@ _MARGIN_MM = 6.0
 _COARSE = 4
 _MEASURED = 2
 _FURTHER_STARTS = 3
+_NO_OVERLAP = 0.2
 _LARGEST_SCALE = 2.5  # between the heads of a newborn and of an adult: 1.6
 
 
@@ -59,7 +60,6 @@ def register_affine(moving: Volume, fixed: Volume, kind: Kind = "affine", thread
     before = quality(measured_a, measured_b, np.eye(4))
     found: list[tuple[Quality, FloatArray]] = []
     reason: Exception | None = None
-    strange = False
     for everywhere, count in ((False, 1), (True, _FURTHER_STARTS)):
         for start in starts(coarse_a, coarse_b, kind == "affine", everywhere, count):
             try:
@@ -67,17 +67,16 @@ def register_affine(moving: Volume, fixed: Volume, kind: Kind = "affine", thread
             except RuntimeError as error:
                 reason = error
                 continue
+            judged = quality(measured_a, measured_b, matrix)
             sizes = np.linalg.svd(matrix[:3, :3], compute_uv=False)
-            if sizes.min() < 1.0 / _LARGEST_SCALE or sizes.max() > _LARGEST_SCALE:
-                strange = True
-                continue
-            found.append((quality(measured_a, measured_b, matrix), matrix))
+            if 1.0 / _LARGEST_SCALE < sizes.min() and sizes.max() < _LARGEST_SCALE and judged.overlap > _NO_OVERLAP:
+                found.append((judged, matrix))
         if found and max(q.overlap for q, _ in found) >= POOR_OVERLAP:
             break
     if not found:
         raise BadDataError(
             f"{moving.path or 'moving image'}: cannot be aligned to {fixed.path or 'the atlas'} "
-            f"({last_line(reason) if reason and not strange else 'one would have to grow or shrink as no head does'}); "
+            f"({'they hardly overlap' if reason is None else last_line(reason)}); "
             "check that both show the same part of the head, or pass --affine FILE"
         ) from reason
     after, matrix = max(found, key=lambda pair: pair[0].mutual_information)
