@@ -36,9 +36,11 @@ def _options(
 
 
 def _register_verbs() -> None:
-    from jrs.cli import export, infer, train
+    from jrs.cli import export, infer, train, warp
 
     app.command("infer")(infer.infer)
+    app.command("warp")(warp.warp)
+    app.command("convert-xfm")(warp.convert_xfm)
     app.command("train")(train.train)
     app.command("export")(export.export)
     app.command("import-weights")(export.import_weights)

@@ -36,13 +36,16 @@ class Reorientation:
         """``data`` (..., X, Y, Z) with its last three axes reoriented, a view."""
         lead = data.ndim - 3
         turned = data.transpose(*range(lead), *(lead + axis for axis in self.axes))
-        return turned[(..., *(slice(None, None, -1 if flip else 1) for flip in self.flipped))]
+        return self._flip(turned)
 
     def undo(self, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The array that ``apply`` was given, from what it gave; a view."""
         lead = data.ndim - 3
-        straight = data[(..., *(slice(None, None, -1 if flip else 1) for flip in self.flipped))]
-        return straight.transpose(*range(lead), *(lead + self.axes.index(axis) for axis in range(3)))
+        return self._flip(data).transpose(*range(lead), *(lead + self.axes.index(axis) for axis in range(3)))
+
+    def _flip(self, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        a, b, c = (slice(None, None, -1 if flip else 1) for flip in self.flipped)
+        return data[..., a, b, c]
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,7 +69,7 @@ def register_affine(moving: Volume, fixed: Volume, kind: Kind = "affine", thread
                 continue
             judged = quality(measured_a, measured_b, matrix)
             sizes = np.linalg.svd(matrix[:3, :3], compute_uv=False)
-            if 1.0 / _LARGEST_SCALE < sizes.min() and sizes.max() < _LARGEST_SCALE and judged.overlap > _NO_OVERLAP:
+            if sizes.min() > 1.0 / _LARGEST_SCALE and sizes.max() < _LARGEST_SCALE and judged.overlap > _NO_OVERLAP:
                 found.append((judged, matrix))
         if found and max(q.overlap for q, _ in found) >= POOR_OVERLAP:
             break
@@ -114,7 +114,7 @@ def _optimised(moving: Block, fixed: Block, start: FloatArray, kind: Kind, threa
     import SimpleITK as sitk
 
     fixed_image, moving_image = _simpleitk_image(sitk, fixed), _simpleitk_image(sitk, moving)
-    transform = sitk.Euler3DTransform() if kind == "rigid" else sitk.AffineTransform(3)
+    transform: Any = sitk.Euler3DTransform() if kind == "rigid" else sitk.AffineTransform(3)
     center = fixed.center_of_mass
     transform.SetCenter(center.tolist())
     transform.SetMatrix(start[:3, :3].ravel().tolist())

@@ -118,8 +118,8 @@ class Scores:
         low = np.minimum(position.astype(np.int64), _BINS - 2)
         share = position - low
         index = self._fixed_bins * _BINS + low
-        joint = np.bincount(index, 1.0 - share, _BINS * _BINS) + np.bincount(index + 1, share, _BINS * _BINS)
-        joint = joint.reshape(_BINS, _BINS) / values.size
+        counts = np.bincount(index, 1.0 - share, _BINS * _BINS) + np.bincount(index + 1, share, _BINS * _BINS)
+        joint: FloatArray = counts.reshape(_BINS, _BINS).astype(np.float64) / values.size
         return _entropy(joint.sum(axis=0)) + _entropy(joint.sum(axis=1)) - _entropy(joint)
 
 

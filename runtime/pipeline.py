@@ -18,7 +18,6 @@ from jrs.errors import ConfigurationError, UsageError
 from jrs.fields import DisplacementField, jacobian_determinant
 from jrs.files import refuse_existing
 from jrs.geometry import FloatArray, Geometry
-from jrs.itk import load_affine
 from jrs.resources import atlas_path
 from jrs.runtime.affine import judge_affine, register_affine
 from jrs.runtime.cases import Case, load_case
@@ -29,6 +28,7 @@ from jrs.runtime.preprocess import NetworkInput, network_input, place_grid
 from jrs.runtime.results import Result
 from jrs.runtime.sampling import affine_coords, sample, slabs
 from jrs.runtime.transform import Transform, to_voxel_coords
+from jrs.runtime.transform_files import load_affine
 
 Array = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
