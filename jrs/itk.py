@@ -82,10 +82,11 @@ def load_field(path: Path) -> DisplacementField:
         data = np.asarray(image.dataobj, dtype=np.float32)  # type: ignore[attr-defined]
         code = int(image.header["intent_code"])  # type: ignore[index]
     except (OSError, ValueError, EOFError, nib.filebasedimages.ImageFileError, KeyError) as error:
-        raise BadDataError(f"{path}: cannot be read as a displacement field ({first_line(error)})") from error
+        raise BadDataError(f"{path}: cannot be read as a displacement field ({first_line(error)}); write it again") from error
     if data.ndim != 5 or data.shape[3:] != (1, 3) or code != 1007:
         raise BadDataError(
-            f"{path}: has shape {data.shape} and intent {code}; a displacement field is (X,Y,Z,1,3) with intent 1007"
+            f"{path}: has shape {data.shape} and intent {code}, a displacement field is (X,Y,Z,1,3) with intent 1007; "
+            "name the transform, not an image"
         )
     if not np.isfinite(data).all():
         raise BadDataError(f"{path}: has vectors that are not finite; export the field again")
