@@ -36,9 +36,11 @@ def _options(
 
 
 def _register_verbs() -> None:
-    from jrs.cli import data, evaluate, export, infer, train
+    from jrs.cli import data, evaluate, export, infer, train, warp
 
     app.command("infer")(infer.infer)
+    app.command("warp")(warp.warp)
+    app.command("convert-xfm")(warp.convert_xfm)
     app.command("train")(train.train)
     app.command("evaluate")(evaluate.evaluate)
     app.add_typer(data.app, name="data")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +15,37 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 Shape = tuple[int, int, int]
+
+# Headers hold single precision: the same head stored in another orientation lies up to 1e-5 mm elsewhere. Steps
+# far above that make it the same grid to the last bit; the columns of a matrix are only permuted and negated.
+_CENTER_STEP_MM = 2.0**-7
+_COLUMN_STEP_MM = 2.0**-30
+
+
+@dataclass(frozen=True)
+class Reorientation:
+    """Another order and direction of an array's axes: no value changes.
+
+    Axis k of the new array is axis ``axes[k]`` of the old one, reversed where ``flipped[k]``.
+    """
+
+    axes: tuple[int, int, int]
+    flipped: tuple[bool, bool, bool]
+
+    def apply(self, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """``data`` (..., X, Y, Z) with its last three axes reoriented, a view."""
+        lead = data.ndim - 3
+        turned = data.transpose(*range(lead), *(lead + axis for axis in self.axes))
+        return self._flip(turned)
+
+    def undo(self, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The array that ``apply`` was given, from what it gave; a view."""
+        lead = data.ndim - 3
+        return self._flip(data).transpose(*range(lead), *(lead + self.axes.index(axis) for axis in range(3)))
+
+    def _flip(self, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        a, b, c = (slice(None, None, -1 if flip else 1) for flip in self.flipped)
+        return data[..., a, b, c]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +133,23 @@ class Geometry:
         shape = tuple(n + 2 * more for n, more in zip(self.shape, voxels, strict=True))
         return Geometry(shape, affine)  # type: ignore[arg-type]
 
+    def canonical(self) -> tuple[Geometry, Reorientation]:
+        """This grid with its axes in the order and direction nearest to RAS, and how an array gets there.
+
+        What is computed on the canonical grid does not depend on how a file stores its voxels. The middle is
+        rounded to 1/128 mm, so that it does not depend on the rounding of the file's header either.
+        """
+        directions = nib.io_orientation(self.affine)
+        order = [int(np.flatnonzero(directions[:, 0] == world)[0]) for world in range(3)]
+        signs = np.array([directions[axis, 1] for axis in order])
+        linear = _stepped(self.affine[:3, order] * signs, _COLUMN_STEP_MM)
+        shape = (self.shape[order[0]], self.shape[order[1]], self.shape[order[2]])
+        affine = np.eye(4)
+        affine[:3, :3] = linear
+        affine[:3, 3] = _stepped(self.center, _CENTER_STEP_MM) - linear @ ((np.array(shape) - 1.0) / 2.0)
+        flips = (bool(signs[0] < 0), bool(signs[1] < 0), bool(signs[2] < 0))
+        return Geometry(shape, affine), Reorientation((order[0], order[1], order[2]), flips)
+
     @staticmethod
     def aligned(
         shape: Shape, spacing: tuple[float, float, float], center_ras: npt.ArrayLike, orientation: str = "RAS"
@@ -119,6 +168,11 @@ class Geometry:
         affine[:3, :3] = linear
         affine[:3, 3] = np.asarray(center_ras, dtype=np.float64) - linear @ ((np.array(shape) - 1.0) / 2.0)
         return Geometry(shape, affine)
+
+
+def _stepped(values: FloatArray, step: float) -> FloatArray:
+    result: FloatArray = np.rint(values / step) * step
+    return result
 
 
 def apply_affine(matrix: npt.ArrayLike, points: npt.ArrayLike) -> FloatArray:

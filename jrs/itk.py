@@ -7,6 +7,7 @@ nitransforms all read right.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -20,6 +21,7 @@ from jrs.geometry import FloatArray, Geometry
 from jrs.writing import rounded, save_nifti
 
 _FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
+_HEAD = "#Insight Transform File"
 
 
 def save_field(path: Path, field: DisplacementField) -> None:
@@ -36,6 +38,41 @@ def to_lps_array(vectors_mm: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]
     return np.moveaxis(lps, 0, -1)[:, :, :, None, :]
 
 
+def from_lps_array(data: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """ITK's (X,Y,Z,3) LPS to (3,X,Y,Z) RAS, contiguous."""
+    signs = np.array([-1, -1, 1], dtype=np.float32).reshape(3, 1, 1, 1)
+    return np.ascontiguousarray(np.moveaxis(data, -1, 0) * signs)
+
+
+def flipped_points(points: npt.ArrayLike) -> FloatArray:
+    """RAS points (..., 3) to LPS or back."""
+    result: FloatArray = np.asarray(points, dtype=np.float64) * np.array([-1.0, -1.0, 1.0])
+    return result
+
+
+def flipped_matrix(matrix: npt.ArrayLike) -> FloatArray:
+    """A 4x4 matrix that maps LPS to LPS as the one that maps RAS to RAS, or back."""
+    result: FloatArray = _FLIP @ np.asarray(matrix, dtype=np.float64) @ _FLIP
+    return result
+
+
+def grid_of_itk(
+    size: Sequence[int], origin: Sequence[float], spacing: Sequence[float], direction: Sequence[float]
+) -> Geometry:
+    """An ITK image's grid."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(direction, dtype=np.float64).reshape(3, 3) * np.array(spacing, dtype=np.float64)
+    affine[:3, 3] = origin
+    return Geometry((int(size[0]), int(size[1]), int(size[2])), _FLIP @ affine)
+
+
+def grid_for_itk(grid: Geometry) -> tuple[list[float], list[float], list[float]]:
+    """Origin, spacing and direction (row by row) of a grid, as ITK has them."""
+    lps = _FLIP @ grid.affine
+    spacing = np.array(grid.spacing)
+    return lps[:3, 3].tolist(), spacing.tolist(), (lps[:3, :3] / spacing).ravel().tolist()
+
+
 def load_field(path: Path) -> DisplacementField:
     """Read what ``save_field`` wrote, or another program's field of the same form."""
     if not path.is_file():
@@ -45,14 +82,17 @@ def load_field(path: Path) -> DisplacementField:
         data = np.asarray(image.dataobj, dtype=np.float32)  # type: ignore[attr-defined]
         code = int(image.header["intent_code"])  # type: ignore[index]
     except (OSError, ValueError, EOFError, nib.filebasedimages.ImageFileError, KeyError) as error:
-        raise BadDataError(f"{path}: cannot be read as a displacement field ({first_line(error)})") from error
+        raise BadDataError(f"{path}: cannot be read as a displacement field ({first_line(error)}); write it again") from error
     if data.ndim != 5 or data.shape[3:] != (1, 3) or code != 1007:
         raise BadDataError(
-            f"{path}: has shape {data.shape} and intent {code}; a displacement field is (X,Y,Z,1,3) with intent 1007"
+            f"{path}: has shape {data.shape} and intent {code}, a displacement field is (X,Y,Z,1,3) with intent 1007; "
+            "name the transform, not an image"
         )
-    vectors = np.moveaxis(data[:, :, :, 0, :], -1, 0) * np.array([-1, -1, 1], dtype=np.float32).reshape(3, 1, 1, 1)
+    if not np.isfinite(data).all():
+        raise BadDataError(f"{path}: has vectors that are not finite; export the field again")
+    vectors = from_lps_array(data[:, :, :, 0, :])
     shape = (int(data.shape[0]), int(data.shape[1]), int(data.shape[2]))
-    return DisplacementField(np.ascontiguousarray(vectors), Geometry(shape, np.asarray(image.affine)))  # type: ignore[attr-defined]
+    return DisplacementField(vectors, Geometry(shape, np.asarray(image.affine)))  # type: ignore[attr-defined]
 
 
 def load_affine(path: Path) -> FloatArray:
@@ -60,40 +100,74 @@ def load_affine(path: Path) -> FloatArray:
     if not path.is_file():
         raise MissingInputError(f"{path}: no such transform; give an ITK affine (.txt, .tfm)")
     try:
-        values = _entries(path.read_text(encoding="utf-8-sig"))
-        parameters = np.array([float(v) for v in values["Parameters"].split()])
-        fixed = np.array([float(v) for v in values.get("FixedParameters", "0 0 0").split()])
-        if "Affine" not in values["Transform"] and "MatrixOffset" not in values["Transform"]:
-            raise ValueError(f"its type is {values['Transform'] or 'not given'}")
+        transforms = text_transforms(path)
+        if len(transforms) != 1:
+            raise ValueError(f"it holds {len(transforms)} transforms")
+        kind, parameters, fixed = transforms[0]
+        if not is_affine_type(kind):
+            raise ValueError(f"its type is {kind}")
         if parameters.size != 12 or fixed.size != 3:
             raise ValueError(f"it has {parameters.size} parameters, an affine has 12")
-        if not (np.isfinite(parameters).all() and np.isfinite(fixed).all()):
-            raise ValueError("it has values that are not finite")
-    except (KeyError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise BadDataError(f"{path}: is not an ITK affine transform ({error}); give a .txt or .tfm file") from error
     matrix = np.eye(4)
     matrix[:3, :3] = parameters[:9].reshape(3, 3)
     matrix[:3, 3] = fixed + parameters[9:] - matrix[:3, :3] @ fixed
     if abs(np.linalg.det(matrix[:3, :3])) < 1e-6:
         raise BadDataError(f"{path}: is singular; give an invertible affine")
-    return _FLIP @ matrix @ _FLIP
+    return flipped_matrix(matrix)
+
+
+def is_affine_type(kind: str) -> bool:
+    """Whether a text file's type is a plain 3-D affine, ITK's own or ANTs'."""
+    return kind.endswith("_3_3") and ("AffineTransform" in kind or "MatrixOffsetTransformBase" in kind)
+
+
+def is_text_transform(path: Path) -> bool:
+    """Whether a file begins as ITK's text files do."""
+    with path.open("rb") as stream:
+        return stream.read(64).decode("latin-1").lstrip("\ufeffï»¿").startswith(_HEAD)
+
+
+def text_transforms(path: Path) -> list[tuple[str, FloatArray, FloatArray]]:
+    """Type, parameters and fixed parameters of each transform of an ITK text file; ValueError for anything odd.
+
+    ITK itself takes a transform whose numbers are missing for the identity, so they are counted here.
+    """
+    transforms: list[dict[str, str]] = []
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
+        if line.startswith("#") or ":" not in line:
+            continue
+        key, value = (part.strip() for part in line.split(":", 1))
+        if key == "Transform":
+            transforms.append({})
+        if not transforms or key in transforms[-1]:
+            raise ValueError(f"{key} does not belong to a transform" if not transforms else f"{key} is given twice")
+        transforms[-1][key] = value
+    if not transforms:
+        raise ValueError("it names no transform")
+    return [
+        (entries["Transform"], _numbers(entries, "Parameters", None), _numbers(entries, "FixedParameters", "0 0 0"))
+        for entries in transforms
+    ]
+
+
+def _numbers(entries: dict[str, str], key: str, default: str | None) -> FloatArray:
+    text = entries.get(key, default)
+    if text is None and not entries["Transform"].startswith("CompositeTransform"):
+        raise ValueError(f"{key} are missing")
+    values = np.array([float(v) for v in (text or "").split()])
+    if not np.isfinite(values).all():
+        raise ValueError("it has values that are not finite")
+    return values
 
 
 def save_affine(path: Path, matrix: FloatArray) -> None:
     """Write A as an ITK affine text file."""
-    lps = _FLIP @ np.asarray(matrix, dtype=np.float64) @ _FLIP
+    lps = flipped_matrix(matrix)
     numbers = " ".join(f"{v:.17g}" for v in (*lps[:3, :3].ravel(), *lps[:3, 3]))
     write_text(
         path,
-        "#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3\n"
+        f"{_HEAD} V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3\n"
         f"Parameters: {numbers}\nFixedParameters: 0 0 0\n",
     )
-
-
-def _entries(text: str) -> dict[str, str]:
-    """The file's fields; ValueError for a file of several transforms, whose order a single affine cannot keep."""
-    pairs = [line.split(":", 1) for line in text.splitlines() if ":" in line]
-    entries = {key.strip(): value.strip() for key, value in pairs}
-    if len(entries) < len(pairs):
-        raise ValueError("it holds several transforms; compose them into one affine first")
-    return entries

@@ -9,6 +9,7 @@ says what is wrong, with which file, and what to do.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,14 +43,24 @@ def read_volume(path: Path | str, *, labels: bool = False) -> Volume:
         if header.channels != 1:
             what = f"is 4-D with {header.channels} volumes where one 3-D image is needed"
             raise bad(path, f"{what}; pass it with --channels")
-        return _read_volumes(path, header, labels)[0]
+        return _read_volumes(path, header, _labels if labels else _intensities)[0]
 
 
 def read_channels(path: Path | str) -> list[Volume]:
     """Read the volumes along the last axis of a 4-D file, in its order; a 3-D file gives one."""
     path = Path(path)
     with one_line(path):
-        return _read_volumes(path, read_header(path), labels=False)
+        return _read_volumes(path, read_header(path), _intensities)
+
+
+def read_series(path: Path | str, *, labels: bool = False) -> list[Volume]:
+    """Every volume of a 3-D or 4-D file as it is: one of a series may be constant, an empty mask for example.
+
+    With ``labels`` the voxels must be whole numbers and become int32.
+    """
+    path = Path(path)
+    with one_line(path):
+        return _read_volumes(path, read_header(path), _labels if labels else _any_intensities)
 
 
 def count_channels(path: Path | str) -> int:
@@ -66,9 +77,13 @@ def read_geometry(path: Path | str) -> Geometry:
         return read_header(path).geometry
 
 
-def _read_volumes(path: Path, header: ImageHeader, labels: bool) -> list[Volume]:
+_Converter = Callable[
+    [Path, npt.NDArray[Any], tuple[float, float] | None, str], tuple[npt.NDArray[Any], list[str]]
+]
+
+
+def _read_volumes(path: Path, header: ImageHeader, convert: _Converter) -> list[Volume]:
     notes = list(header.notes)
-    convert = _labels if labels else _intensities
     arrays = []
     with opened(header.data_path) as stream:
         stream.seek(header.offset)
@@ -129,12 +144,18 @@ def _zero_non_finite(path: Path, data: npt.NDArray[Any], raw: npt.NDArray[Any], 
 def _intensities(
     path: Path, raw: npt.NDArray[Any], scale: tuple[float, float] | None, where: str
 ) -> tuple[npt.NDArray[Any], list[str]]:
-    data = _scaled(raw, scale, np.float32)
-    notes = _zero_non_finite(path, data, raw, where)
+    data, notes = _any_intensities(path, raw, scale, where)
     low, high = float(data.min()), float(data.max())
     if low == high:
         raise bad(path, f"{where}every voxel is {low:g}, there is no image; check that it is the right file")
     return data, notes
+
+
+def _any_intensities(
+    path: Path, raw: npt.NDArray[Any], scale: tuple[float, float] | None, where: str
+) -> tuple[npt.NDArray[Any], list[str]]:
+    data = _scaled(raw, scale, np.float32)
+    return data, _zero_non_finite(path, data, raw, where)
 
 
 def _labels(

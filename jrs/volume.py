@@ -36,6 +36,11 @@ class Volume:
         """Voxels of the head or brain; see ``foreground_mask``."""
         return foreground_mask(self.data)
 
+    def canonical(self) -> Volume:
+        """The same image with its axes nearest to RAS; see ``Geometry.canonical``."""
+        grid, order = self.geometry.canonical()
+        return Volume(np.ascontiguousarray(order.apply(self.data)), grid, self.path, self.notes)
+
 
 def foreground_mask(data: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """Voxels that belong to the head or brain: above a hundredth of the bright end of the histogram.

@@ -12,23 +12,27 @@ import numpy.typing as npt
 from jrs.files import whole_file
 from jrs.geometry import Geometry
 
-_INTENTS = {"image": 0, "label": 1002, "vector": 1007}
+_INTENTS = {"image": 0, "label": 1002, "vector": 1007, "fsl-warp": 2006}
 
 
 def save_nifti(
     path: Path,
     data: npt.NDArray[Any],
     geometry: Geometry,
-    intent: Literal["image", "label", "vector"] = "image",
+    intent: Literal["image", "label", "vector", "fsl-warp"] = "image",
+    fourth: float | None = None,
 ) -> None:
     """Write ``data`` (X,Y,Z[,...]) with identical qform and sform, slope 1, millimetres.
 
-    A sheared grid has no qform; then the sform alone holds.
+    A sheared grid has no qform; then the sform alone holds. ``fourth`` is the step along a fourth axis, in the unit
+    of the file that it comes from: seconds as a rule.
     """
     image = nib.Nifti1Image(data, geometry.affine)
     header = image.header
     header.set_data_dtype(data.dtype)
-    header.set_xyzt_units("mm")
+    header.set_xyzt_units("mm", "sec" if fourth is not None else "unknown")
+    if fourth is not None:
+        header["pixdim"][4] = fourth
     header["intent_code"] = _INTENTS[intent]
     header["scl_slope"], header["scl_inter"] = 1.0, 0.0
     image.set_sform(geometry.affine, code=1)

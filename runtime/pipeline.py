@@ -18,9 +18,8 @@ from jrs.errors import ConfigurationError, UsageError
 from jrs.fields import DisplacementField, jacobian_determinant
 from jrs.files import refuse_existing
 from jrs.geometry import FloatArray, Geometry
-from jrs.itk import load_affine
 from jrs.resources import atlas_path
-from jrs.runtime.affine import register_affine
+from jrs.runtime.affine import judge_affine, register_affine
 from jrs.runtime.cases import Case, load_case
 from jrs.runtime.labels import LabelSampler, region_volumes_ml
 from jrs.runtime.names import OutputNames, atlas_label
@@ -29,6 +28,7 @@ from jrs.runtime.preprocess import NetworkInput, network_input, place_grid
 from jrs.runtime.results import Result
 from jrs.runtime.sampling import affine_coords, sample, slabs
 from jrs.runtime.transform import Transform, to_voxel_coords
+from jrs.runtime.transform_files import load_affine
 
 Array = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -149,7 +149,8 @@ class Pipeline:
         fixed = self._fixed_image(path, label, clock)
         warnings = _notes(moving, spec.channels)
         with clock.stage("affine"):
-            affine, quality = self._affine(moving, fixed.case, options.affine)
+            affine, quality, doubts = self._affine(moving, fixed.case, options.affine)
+            warnings += doubts
         with clock.stage("preprocess"):
             inputs = network_input(moving.images, spec, fixed.grid, affine, self.threads)
         with clock.stage("encoder"):
@@ -226,22 +227,30 @@ class Pipeline:
             self._fixed[key] = FixedImage(label, case, grid, inputs, codes)
         return self._fixed[key]
 
-    def _affine(self, moving: Case, fixed: Case, wanted: str) -> tuple[FloatArray, dict[str, Any] | None]:
+    def _affine(
+        self, moving: Case, fixed: Case, wanted: str
+    ) -> tuple[FloatArray, dict[str, Any] | None, tuple[str, ...]]:
+        """A, how well it aligns the images, and what the user should know of that."""
         if wanted == "off":
-            return np.eye(4), None
-        if wanted not in ("auto", "rigid"):
-            return load_affine(Path(wanted)), None
+            return np.eye(4), None, ()
         shared = [m for m in moving.images if m in fixed.images]
         a, b = (shared[0], shared[0]) if shared else (next(iter(moving.images)), next(iter(fixed.images)))
-        kind: Any = "affine" if wanted == "auto" else "rigid"
-        found = register_affine(moving.images[a], fixed.images[b], kind, self.threads)
+        pair = moving.images[a], fixed.images[b]
+        if wanted in ("auto", "rigid"):
+            found = register_affine(*pair, "affine" if wanted == "auto" else "rigid", self.threads)
+            matrix, before, after, warning = found.matrix, found.before, found.after, found.warning
+        else:
+            matrix = load_affine(Path(wanted))
+            before, after, warning = judge_affine(*pair, matrix, self.threads)
         quality = {
             "moving": a,
             "fixed": b,
-            "mutual_information_before": round(-found.metric_before, 4),
-            "mutual_information_after": round(-found.metric_after, 4),
+            "mutual_information_before": round(before.mutual_information, 4),
+            "mutual_information_after": round(after.mutual_information, 4),
+            "foreground_overlap_before": round(before.overlap, 4),
+            "foreground_overlap_after": round(after.overlap, 4),
         }
-        return found.matrix, quality
+        return matrix, quality, () if warning is None else (warning,)
 
 
 class _Measured:
@@ -283,11 +292,13 @@ class _Measured:
 
     def native_labels(self, sampler: LabelSampler) -> npt.NDArray[np.uint8]:
         """Labels on the native grid: y lies at A^-1 y in the network's space."""
-        back = Geometry(self.native.shape, np.linalg.inv(self.transform.affine) @ self.native.affine)
-        labels = np.zeros(self.native.shape, dtype=np.uint8)
-        for start, stop in slabs(self.native.shape):
+        # On the grid that the network's input was taken from, whatever the file's own order of axes.
+        grid, order = self.native.canonical()
+        back = Geometry(grid.shape, np.linalg.inv(self.transform.affine) @ grid.affine)
+        labels = np.zeros(grid.shape, dtype=np.uint8)
+        for start, stop in slabs(grid.shape):
             labels[start:stop] = sampler.at(_identity(back, slice(start, stop)))
-        return labels
+        return np.ascontiguousarray(order.undo(labels))
 
 
 def _identity(grid: Geometry, planes: slice) -> Array:

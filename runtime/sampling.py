@@ -6,6 +6,7 @@ half a voxel outside the image takes the value ``outside``, as in ITK; ``outside
 
 from __future__ import annotations
 
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -21,6 +22,8 @@ Array = npt.NDArray[np.float32]
 
 _SLAB_VOXELS = 2_000_000
 """Voxels of the target worked on at once: bounds the memory for coordinates to some 24 MB."""
+_LABELS_AT_ONCE = 500_000
+_SAME_WEIGHT = 1e-6
 _WORTH_A_THREAD = 20_000
 """Points from which on more than one thread pays."""
 
@@ -81,6 +84,44 @@ def sample_nearest(data: npt.NDArray[Any], coords: Array, outside: int = 0) -> n
     index = [np.clip(np.rint(coords[axis]), 0, n - 1).astype(np.intp) for axis, n in enumerate(data.shape)]
     values: npt.NDArray[Any] = np.where(inside, data[tuple(index)], data.dtype.type(outside))
     return values
+
+
+def sample_labels(data: npt.NDArray[Any], coords: Array, outside: int = 0) -> npt.NDArray[Any]:
+    """The label of ``data`` (X,Y,Z) with the largest trilinear weight at ``coords`` (3,x,y,z), of the same type.
+
+    The same as interpolating every label by itself and taking the largest, but only the eight voxels around a point
+    are looked at, however many labels there are. Of labels that weigh the same the smallest is taken, so that the
+    result does not depend on the order of the axes.
+    """
+    flat = coords.reshape(3, -1)
+    out = np.full(flat.shape[1], outside, dtype=data.dtype)
+    chosen = np.flatnonzero(_inside(coords, data.shape).ravel())
+    for start in range(0, chosen.size, _LABELS_AT_ONCE):
+        part = chosen[start : start + _LABELS_AT_ONCE]
+        out[part] = _heaviest(data, flat[:, part])
+    return out.reshape(coords.shape[1:])
+
+
+def _heaviest(data: npt.NDArray[Any], coords: Array) -> npt.NDArray[Any]:
+    """``sample_labels`` at points (3,n) inside the image."""
+    ends, far = [], []
+    for axis, n in enumerate(data.shape):
+        position = np.clip(coords[axis], 0, n - 1)
+        low = np.minimum(position.astype(np.intp), max(n - 2, 0))
+        ends.append((low, np.minimum(low + 1, n - 1)))
+        far.append((1.0 - (position - low), position - low))
+    corners = list(itertools.product((0, 1), repeat=3))
+    labels = np.stack([data[ends[0][a], ends[1][b], ends[2][c]] for a, b, c in corners])
+    mixed = np.flatnonzero((labels != labels[0]).any(axis=0))
+    result: npt.NDArray[Any] = labels[0].copy()
+    if mixed.size:
+        labels = labels[:, mixed]
+        weights = np.stack([far[0][a][mixed] * far[1][b][mixed] * far[2][c][mixed] for a, b, c in corners])
+        scores = np.stack([np.where(labels == label, weights, 0.0).sum(axis=0) for label in labels])
+        best = scores >= scores.max(axis=0) - _SAME_WEIGHT
+        largest = np.iinfo(data.dtype).max if data.dtype.kind in "iu" else np.inf
+        result[mixed] = np.where(best, labels, labels.dtype.type(largest)).min(axis=0)
+    return result
 
 
 def affine_coords(shape: Shape, matrix: FloatArray, start: int = 0, stop: int | None = None) -> Array:

@@ -380,7 +380,9 @@ def test_affine_rigid_is_a_rotation(pipeline: Pipeline, phantom: Any) -> None:
 def test_an_affine_file_is_taken_as_it_is(pipeline: Pipeline, phantom: Any, truth_file: Path) -> None:
     result = pipeline.infer(phantom.folder, phantom.atlas, affine=str(truth_file), segment=False, inverse=False)
     np.testing.assert_allclose(result.transform.affine, phantom.truth, atol=1e-9)
-    assert result.report()["affine_quality"] is None
+    quality = result.report()["affine_quality"]
+    assert quality["foreground_overlap_after"] > max(0.95, quality["foreground_overlap_before"])
+    assert quality["mutual_information_after"] > quality["mutual_information_before"]
 
 
 def test_without_segmentation_and_inverse_their_files_are_absent(
