@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from jrs import __version__
 from jrs.files import whole_file
 from jrs.geometry import Geometry
 
@@ -20,16 +21,19 @@ def save_nifti(
     data: npt.NDArray[Any],
     geometry: Geometry,
     intent: Literal["image", "label", "vector"] = "image",
+    description: str = "",
 ) -> None:
     """Write ``data`` (X,Y,Z[,...]) with identical qform and sform, slope 1, millimetres.
 
-    A sheared grid has no qform; then the sform alone holds.
+    ``description`` follows the program's name in the header's ``descrip``, 79 bytes in all. A sheared grid has no
+    qform; then the sform alone holds.
     """
     image = nib.Nifti1Image(data, geometry.affine)
     header = image.header
     header.set_data_dtype(data.dtype)
     header.set_xyzt_units("mm")
     header["intent_code"] = _INTENTS[intent]
+    header["descrip"] = f"jrs {__version__} {description}".strip().encode("ascii", "replace")[:79]
     header["scl_slope"], header["scl_inter"] = 1.0, 0.0
     image.set_sform(geometry.affine, code=1)
     columns = geometry.affine[:3, :3] / np.linalg.norm(geometry.affine[:3, :3], axis=0)
