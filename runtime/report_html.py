@@ -128,7 +128,8 @@ def _details(report: Mapping[str, Any], affine: FloatArray) -> str:
     matrix = _table([[f"{v:.4f}" for v in row] for row in affine.tolist()], "matrix")
     cards = {"Engine": _pairs(made), "Time": _table([*bars, total], "words bars")}
     cards |= {"Affine, atlas to case, RAS mm": matrix, "Versions": _pairs(report.get("versions"))}
-    cards |= {"Files": _pairs(report.get("outputs"))}
+    files = {k: v for k, v in _items(report.get("outputs")) if not str(k).endswith(("_sidecar", "_table"))}
+    cards |= {"Files, beside each image its JSON": _pairs(files)}
     body = "".join(f"<div><h3>{title}</h3>{table}</div>" for title, table in cards.items())
     return f'<section><h2>How it was made</h2><div class="cards">{body}</div></section>'
 

@@ -59,16 +59,17 @@ def viewer(
         scale = abs(float(np.linalg.det(affine[:3, :3])))
         coarse = Geometry.aligned(_halved(grid.shape), (2.0 * grid.spacing[0],) * 3, middle, "RAS")  # it is smooth
         change = np.log2(scale / np.maximum(_onto(jacobian, fixed, coarse), 1e-6))
+        change[~foreground_mask(_onto(fixed.data, fixed, coarse))] = 0.0
         packed["change"] = _packed(_signed(change), coarse, CHANGE_LIMIT / 127.0)
         limits = {"cal_min": 0.05, "cal_max": CHANGE_LIMIT, "cal_minNeg": -CHANGE_LIMIT, "cal_maxNeg": -0.05}
-        options["change"] = _shown("change", "blue2cyan", colormapNegative="hotiron", opacity=0.0, **limits)
+        options["change"] = _shown("change", "blue2cyan", colormapNegative="warm", opacity=0.0, **limits)
     center = middle
     if labels is not None:
         there = labels != 0
         if there.any():
             center = fixed.geometry.to_ras(np.argwhere(there).mean(axis=0))
         coords = affine_coords(grid.shape, fixed.geometry.inverse @ grid.affine)
-        packed["labels"] = _packed(sample_nearest(labels, coords), grid)
+        packed["labels"] = _packed(sample_nearest(labels, coords), grid, intent=1002)
         options["labels"] = _shown("labels", "gray") | {"colors": _label_colors(int(labels.max(initial=3)))}
     return _section(packed, options, center)
 
@@ -124,11 +125,12 @@ def _signed(change: Array) -> npt.NDArray[np.int8]:
     return steps
 
 
-def _packed(data: npt.NDArray[Any], grid: Geometry, slope: float = 1.0) -> str:
+def _packed(data: npt.NDArray[Any], grid: Geometry, slope: float = 1.0, intent: int = 0) -> str:
     """A gzipped NIfTI file as base64."""
     image = nib.Nifti1Image(data, grid.affine)
     image.header.set_data_dtype(data.dtype)
     image.header.set_xyzt_units("mm")
+    image.header["intent_code"] = intent
     header = bytearray(image.header.binaryblock)
     header[108:112] = np.float32(352.0).tobytes()  # vox_offset of a single file
     header[112:120] = np.array([slope, 0.0], dtype=np.float32).tobytes()
@@ -150,12 +152,12 @@ def _label_colors(largest: int) -> dict[str, list[Any]]:
     return {"R": red, "G": green, "B": blue, "A": alpha, "I": list(range(len(order))), "labels": names}
 
 
-_PANEL = """<p class="panel"><label>View <select id="view"><option value="3">three planes and volume</option>
+_PANEL = """<p class="panel"><label>View <select id="view"><option value="3">three planes</option>
 <option value="0">axial</option><option value="1">coronal</option><option value="2">sagittal</option>
-<option value="4">volume</option></select></label>
+<option value="4">atlas in 3-D</option></select></label>
 <label>Atlas <input id="blend" type="range" min="0" max="100" value="100"> moved case</label>{}</p>"""
-_LABELS = """<label>Labels <input id="labels" type="range" min="0" max="100" value="60"></label>
-<label><input id="outline" type="checkbox"> outlines only</label>"""
+_LABELS = """<label>Labels <input id="labels" type="range" min="0" max="100" value="30"></label>
+<label><input id="outline" type="checkbox" checked> outlines</label>"""
 _CHANGE = """<label>Volume change <input id="change" type="range" min="0" max="100" value="0"></label>"""
 
 
@@ -170,10 +172,10 @@ def _section(packed: Mapping[str, str], options: Mapping[str, Any], center: Floa
     return (
         '<section id="viewer-section"><h2>Interactive viewer</h2><p class="note" id="viewer-note">The viewer needs '
         'JavaScript and WebGL 2.</p><div id="viewer" hidden>'
-        f'{panel}<canvas id="canvas"></canvas><p class="note" id="place"></p><p class="note">Click to move the '
-        "crosshair, scroll to change the slice, drag the volume to turn it. Atlas and moved case at "
+        f'{panel}<div id="stage"><canvas id="canvas"></canvas></div><p class="note" id="place"></p><p class="note">Click to move the '
+        "crosshair, scroll to change the slice, drag the 3-D view to turn it. Atlas and moved case at "
         f"{SPACING_MM:g} mm; volume change in blue where tissue takes up more room on the atlas than under the affine "
-        "alone, in red where less.</p></div><details><summary>The viewer is NiiVue "
+        "alone, in red and yellow where less.</p></div><details><summary>The viewer is NiiVue "
         f"{NIIVUE}; its licences</summary><pre>{licence.replace('&', '&amp;').replace('<', '&lt;')}</pre></details>"
         f"{blocks}</section>"
     )

@@ -58,7 +58,7 @@
     const nv = new niivue.Niivue({
       isRadiologicalConvention: true, sagittalNoseLeft: true, show3Dcrosshair: true, backColor: [0, 0, 0, 1],
       isColorbar: false, dragAndDropEnabled: false, loadingText: "", crosshairColor: [0.3, 0.65, 1, 0.8],
-      crosshairWidth: 0.6, multiplanarShowRender: 1, logLevel: "error",
+      crosshairWidth: 0.5, multiplanarShowRender: 0, logLevel: "error",
     });
     nv.onLocationChange = at => {
       const mm = Array.from(at.mm).slice(0, 3).map(v => v.toFixed(1));
@@ -83,10 +83,16 @@
       control.oninput = () => change(control.type === "checkbox" ? Number(control.checked) : Number(control.value));
       control.oninput();
     };
-    bind("view", value => nv.setSliceType(value));
+    // In the volume, one opaque image hides the other: it shows the atlas.
+    const volume = 4;
+    bind("view", value => {
+      nv.setSliceType(value);
+      opacity("moved", value === volume ? 0 : id("blend").value / 100);
+      id("blend").disabled = value === volume;
+    });
     bind("blend", value => opacity("moved", value / 100));
     bind("labels", value => opacity("labels", value / 100));
-    bind("outline", value => { nv.overlayOutlineWidth = value / 4; nv.updateGLVolume(); });
+    bind("outline", value => nv.setAtlasOutline(value));
     bind("change", value => opacity("change", value / 100));
     const center = JSON.parse(text("center"));
     nv.scene.crosshairPos = nv.mm2frac(center);
