@@ -36,12 +36,13 @@ def _options(
 
 
 def _register_verbs() -> None:
-    from jrs.cli import export, infer, train
+    from jrs.cli import export, infer, schema, train
 
     app.command("infer")(infer.infer)
     app.command("train")(train.train)
     app.command("export")(export.export)
     app.command("import-weights")(export.import_weights)
+    app.command("schema")(schema.schema)
 
 
 _register_verbs()

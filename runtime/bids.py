@@ -23,6 +23,13 @@ IGNORE = ".bidsignore"
 RAW = "raw"
 """What sidecars call the dataset that the case comes from, as in ``bids:raw:sub-01/anat/sub-01_T1w.nii.gz``."""
 
+_README = f"""# Registration to an atlas and tumour segmentation
+
+Made by jrs {__version__} from the raw dataset that `{DESCRIPTION}` names. Each subject's folder holds a report
+(`*_report.html`, `*_report.json`), tumour labels (`*_dseg.nii.gz`), the images moved to the atlas
+(`*_desc-moved_*.nii.gz`) and the transforms (`*_xfm.nii.gz`). Not a medical device: for research use only.
+"""
+
 _ENDING = re.compile(r"\.(nii|nii\.gz)$", re.IGNORECASE)
 _ENTITY = re.compile(r"([a-z]+)-([0-9A-Za-z+]+)")
 _REPLACED = ("space", "res", "den", "label", "seg", "desc")  # what an output says anew
@@ -97,6 +104,8 @@ def describe_dataset(out: Path, source: BidsSource, ignored: Sequence[str]) -> N
     refuse_raw(out, source)
     if not (out / DESCRIPTION).exists():
         write_json(out / DESCRIPTION, dataset_description(out, source))
+    if not any(out.glob("README*")):
+        write_text(out / "README.md", _README)
     there = (out / IGNORE).read_text(encoding="utf-8").splitlines() if (out / IGNORE).is_file() else []
     missing = [pattern for pattern in ignored if pattern not in there]
     if missing:

@@ -52,8 +52,10 @@ def volume_verdict(volumes_ml: Mapping[str, Volumes] | None) -> dict[str, Any]:
     if kept < KEPT_PERCENT:
         text = f"Yes: the deformation took {100.0 - kept:.1f} % of the whole tumour’s volume."
         return _verdict("shrunk", kept, text)
-    text = f"No: the deformation left the whole tumour at {kept:.1f} % of its volume."
-    return _verdict("kept" if kept <= 10_000.0 / KEPT_PERCENT else "grown", kept, text)
+    if kept > 10_000.0 / KEPT_PERCENT:
+        text = f"No: the deformation enlarged the whole tumour to {kept:.1f} % of its volume."
+        return _verdict("grown", kept, text)
+    return _verdict("kept", kept, f"No: the deformation left the whole tumour at {kept:.1f} % of its volume.")
 
 
 def _verdict(answer: str, kept_percent: float | None, text: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import base64
 import gzip
 import json
 from collections.abc import Mapping
+from html import escape
 from typing import Any
 
 import nibabel as nib
@@ -171,11 +172,10 @@ def _section(packed: Mapping[str, str], options: Mapping[str, Any], center: Floa
     blocks = "".join(f'<script type="text/plain" id="{name}">{content}</script>' for name, content in data.items())
     return (
         '<section id="viewer-section"><h2>Interactive viewer</h2><p class="note" id="viewer-note">The viewer needs '
-        'JavaScript and WebGL 2.</p><div id="viewer" hidden>'
-        f'{panel}<div id="stage"><canvas id="canvas"></canvas></div><p class="note" id="place"></p><p class="note">Click to move the '
-        "crosshair, scroll to change the slice, drag the 3-D view to turn it. Atlas and moved case at "
-        f"{SPACING_MM:g} mm; volume change in blue where tissue takes up more room on the atlas than under the affine "
-        "alone, in red and yellow where less.</p></div><details><summary>The viewer is NiiVue "
-        f"{NIIVUE}; its licences</summary><pre>{licence.replace('&', '&amp;').replace('<', '&lt;')}</pre></details>"
+        f'JavaScript and WebGL 2.</p><div id="viewer" hidden>{panel}<div id="stage"><canvas id="canvas"></canvas>'
+        '</div><p class="note" id="place"></p><p class="note">Click to move the crosshair, scroll to change the slice, '
+        f"drag the 3-D view to turn it. Atlas and moved case at {SPACING_MM:g} mm; volume change in blue where tissue "
+        "takes up more room on the atlas than under the affine alone, in red and yellow where less.</p></div>"
+        f"<details><summary>The viewer is NiiVue {NIIVUE}; its licences</summary><pre>{escape(licence)}</pre></details>"
         f"{blocks}</section>"
     )

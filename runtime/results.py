@@ -27,14 +27,13 @@ from jrs.runtime.colors import bids_table, itksnap_table, label_colors, slicer_t
 from jrs.runtime.engines import EngineInfo
 from jrs.runtime.measures import ratios
 from jrs.runtime.names import NOT_IN_BIDS, OutputNames, output_names
+from jrs.runtime.report_schema import REPORT_VERSION
 from jrs.runtime.transform import Transform
 from jrs.volume import Volume
 from jrs.writing import rounded, save_nifti
 
 Array = npt.NDArray[np.float32]
 
-REPORT_VERSION = 1
-"""Of the report's JSON; it rises when a key goes or changes its meaning, not when one is added."""
 _STRIPPED_SHARE = 0.25  # of voxels that are exactly zero or less: no scanner leaves that many
 
 
