@@ -36,6 +36,11 @@ DATA = (
     "jrs/data/atlases/sri24_t1.nii.gz",
     "jrs/data/atlases/LICENSE_SRI24.txt",
     "jrs/data/graphs/sampler.onnx",
+    "jrs/data/report/report.css",
+    "jrs/data/report/report.js",
+    "jrs/data/report/niivue.umd.js.gz",
+    "jrs/data/report/LICENSE_NIIVUE.txt",
+    "jrs/data/schemas/report-1.json",
     "jrs/data/configs/default.toml",
     "jrs/data/configs/paper.toml",
 )

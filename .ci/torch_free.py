@@ -24,7 +24,7 @@ import numpy as np
 CASE = "phantom"
 NEEDS_TORCH = ("jrs.models", "jrs.train", "jrs.export")
 REPORT_KEYS = {"case", "atlas", "bundle", "engine", "volumes_ml", "jacobian", "affine", "timings_s"}
-REPORT_KEYS |= {"warnings", "versions", "outputs"}
+REPORT_KEYS |= {"warnings", "versions", "outputs", "report_version", "volume_verdict", "label_scheme"}
 
 # World points of the case: y = SCALE * x + SHIFT_MM, for x in the atlas.
 SCALE = 1.03

@@ -39,6 +39,13 @@ def infer(
         str, typer.Option("--affine", help="auto, rigid, off, or an ITK affine file (.txt, .tfm).")
     ] = "auto",
     seg: Annotated[bool, typer.Option("--seg/--no-seg", help="Segment the tumour.")] = True,
+    label_scheme: Annotated[
+        str,
+        typer.Option(
+            "--label-scheme",
+            help="What labels are written as: brats2018 (enhancing 4), brats2023 (enhancing 3) or bundle (its own).",
+        ),
+    ] = "bundle",
     inverse: Annotated[bool, typer.Option("--inverse/--no-inverse", help="Write the inverse field.")] = True,
     backend: Annotated[str, typer.Option("--backend", help="auto, openvino or ort-cpu.")] = "auto",
     precision: Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")] = "auto",
@@ -60,6 +67,7 @@ def infer(
         affine=affine,
         segment=seg,
         inverse=inverse,
+        label_scheme=label_scheme,
         keep_clear_of=None if overwrite else out,
     )
     with Pipeline.open(bundle, backend, precision, threads) as pipeline, status() as say:

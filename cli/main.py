@@ -36,7 +36,7 @@ def _options(
 
 
 def _register_verbs() -> None:
-    from jrs.cli import data, evaluate, export, infer, train, warp
+    from jrs.cli import data, evaluate, export, infer, schema, train, warp
 
     app.command("infer")(infer.infer)
     app.command("warp")(warp.warp)
@@ -46,6 +46,7 @@ def _register_verbs() -> None:
     app.add_typer(data.app, name="data")
     app.command("export")(export.export)
     app.command("import-weights")(export.import_weights)
+    app.command("schema")(schema.schema)
 
 
 _register_verbs()

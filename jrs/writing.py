@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from jrs import __version__
 from jrs.files import whole_file
 from jrs.geometry import Geometry
 
@@ -20,12 +21,14 @@ def save_nifti(
     data: npt.NDArray[Any],
     geometry: Geometry,
     intent: Literal["image", "label", "vector", "fsl-warp"] = "image",
+    description: str = "",
     fourth: float | None = None,
 ) -> None:
     """Write ``data`` (X,Y,Z[,...]) with identical qform and sform, slope 1, millimetres.
 
-    A sheared grid has no qform; then the sform alone holds. ``fourth`` is the step along a fourth axis, in the unit
-    of the file that it comes from: seconds as a rule.
+    ``description`` follows the program's name in the header's ``descrip``, 79 bytes in all. A sheared grid has no
+    qform; then the sform alone holds. ``fourth`` is the step along a fourth axis, in the unit of the file that it
+    comes from: seconds as a rule.
     """
     image = nib.Nifti1Image(data, geometry.affine)
     header = image.header
@@ -34,6 +37,7 @@ def save_nifti(
     if fourth is not None:
         header["pixdim"][4] = fourth
     header["intent_code"] = _INTENTS[intent]
+    header["descrip"] = f"jrs {__version__} {description}".strip().encode("ascii", "replace")[:79]
     header["scl_slope"], header["scl_inter"] = 1.0, 0.0
     image.set_sform(geometry.affine, code=1)
     columns = geometry.affine[:3, :3] / np.linalg.norm(geometry.affine[:3, :3], axis=0)

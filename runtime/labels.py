@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from jrs.errors import UsageError
 from jrs.geometry import Geometry
 from jrs.runtime.sampling import sample
 from jrs.runtime.transform import to_voxel_coords
@@ -16,6 +17,30 @@ Labels = npt.NDArray[np.uint8]
 
 REGIONS: dict[str, tuple[int, ...]] = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
 """Classes of whole tumour, tumour core and enhancing tumour (0 background, 1 core, 2 oedema, 3 enhancing)."""
+
+OWN_SCHEME = "bundle"
+SCHEMES: dict[str, tuple[int, ...]] = {"brats2018": (0, 1, 2, 4), "brats2023": (0, 1, 2, 3)}
+"""What BraTS writes the four classes as: enhancing tumour was 4 up to 2022 and is 3 from 2023 on."""
+
+
+def label_scheme(values: Sequence[int], wanted: str = OWN_SCHEME) -> tuple[str, tuple[int, ...]]:
+    """The name of a label scheme and the number of each class in it.
+
+    ``values`` are the bundle's own, in the order background, core, oedema, enhancing; ``wanted`` is one of
+    `SCHEMES`, or ``bundle`` to keep them. Raises UsageError for an unknown scheme, and for one that a bundle of
+    other classes cannot have.
+    """
+    if wanted == OWN_SCHEME:
+        own = tuple(int(value) for value in values)
+        return next((name for name, numbers in SCHEMES.items() if numbers == own), OWN_SCHEME), own
+    if wanted not in SCHEMES:
+        known = ", ".join((*SCHEMES, OWN_SCHEME))
+        raise UsageError(f"--label-scheme: unknown scheme {wanted!r}; choose from {known}")
+    if len(values) != len(SCHEMES[wanted]):
+        raise UsageError(
+            f"--label-scheme {wanted}: has {len(SCHEMES[wanted])} classes and the bundle {len(values)}; leave it out"
+        )
+    return wanted, SCHEMES[wanted]
 
 
 class LabelSampler:

@@ -20,9 +20,11 @@ from jrs.files import refuse_existing
 from jrs.geometry import FloatArray, Geometry
 from jrs.resources import atlas_path
 from jrs.runtime.affine import judge_affine, register_affine
+from jrs.runtime.bids import refuse_raw
 from jrs.runtime.cases import Case, load_case
-from jrs.runtime.labels import LabelSampler, region_volumes_ml
-from jrs.runtime.names import OutputNames, atlas_label
+from jrs.runtime.labels import OWN_SCHEME, LabelSampler, label_scheme, region_volumes_ml
+from jrs.runtime.measures import jacobian_summary, similarity, volume_verdict, volumes_after_affine, warnings_of
+from jrs.runtime.names import atlas_label, output_names
 from jrs.runtime.network import Codes, Network
 from jrs.runtime.preprocess import NetworkInput, network_input, place_grid
 from jrs.runtime.results import Result
@@ -31,7 +33,6 @@ from jrs.runtime.transform import Transform, to_voxel_coords
 from jrs.runtime.transform_files import load_affine
 
 Array = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class InferOptions:
     """What to compute for a case; the fields are the options of ``jrs infer``.
 
     ``affine``: ``auto`` (12 parameters), ``rigid``, ``off`` (the images share a space), or an ITK affine file.
-    ``segment``, ``inverse``: whether to make the labels and the inverse field. ``keep_clear_of``: stop before the
-    work if this folder holds the case's results for this atlas already.
+    ``segment``, ``inverse``: whether to make the labels and the inverse field. ``label_scheme``: what the labels
+    are written as, ``brats2018`` (enhancing 4), ``brats2023`` (enhancing 3) or the bundle's own. ``keep_clear_of``:
+    stop before the work if this folder holds the case's results for this atlas already.
     """
 
     modality: str | None = None
@@ -49,6 +51,7 @@ class InferOptions:
     affine: str = "auto"
     segment: bool = True
     inverse: bool = True
+    label_scheme: str = OWN_SCHEME
     keep_clear_of: Path | None = None
 
 
@@ -135,6 +138,7 @@ class Pipeline:
         spec = self.network.bundle.manifest.model
         path = atlas_path(atlas)
         label = atlas_label(path, str(atlas) if path != Path(atlas) else None)
+        scheme, values = label_scheme(spec.label_values, options.label_scheme)
         with clock.stage("read_case"):
             moving = load_case(
                 case,
@@ -144,8 +148,11 @@ class Pipeline:
                 modalities=options.modalities,
             )
         if options.keep_clear_of is not None:
-            names = OutputNames(moving.name, label)
-            refuse_existing(options.keep_clear_of / moving.name, [names.report_json, names.field], overwrite=False)
+            names = output_names(moving, label)
+            if names.bids is not None:
+                refuse_raw(options.keep_clear_of, names.bids)
+            there = [names.report_json, names.field]
+            refuse_existing(names.folder(options.keep_clear_of), there, overwrite=False)
         fixed = self._fixed_image(path, label, clock)
         warnings = _notes(moving, spec.channels)
         with clock.stage("affine"):
@@ -165,7 +172,7 @@ class Pipeline:
         transform = Transform(affine, displacement, self.threads)
         sampler = None
         if probabilities is not None:
-            sampler = LabelSampler(probabilities, fixed.grid, spec.label_values, self.threads)
+            sampler = LabelSampler(probabilities, fixed.grid, values, self.threads)
         measured = _Measured(moving, fixed, transform, sampler, self.threads)
         with clock.stage("resampling"):
             moved, dense, labels_moved = measured.on_the_atlas()
@@ -179,16 +186,19 @@ class Pipeline:
         if options.inverse:
             with clock.stage("inverse"):
                 inverse = transform.inverse_dense(measured.native)
-        volumes = None
-        if labels_native is not None and labels_moved is not None:
-            volumes = {
-                "native": region_volumes_ml(labels_native, spec.label_values, measured.native),
-                "moved": region_volumes_ml(labels_moved, spec.label_values, measured.fixed.geometry),
-            }
-        brain = measured.fixed.foreground()
-        summary = _jacobian_summary(jacobian, brain, labels_moved)
-        if (summary["folding_percent"] or 0.0) > 0.5:
-            warnings.append(f"the transform folds in {summary['folding_percent']:.2f} % of the brain")
+        with clock.stage("measures"):
+            volumes = None
+            if labels_native is not None and labels_moved is not None:
+                native_ml = region_volumes_ml(labels_native, values, measured.native)
+                volumes = {
+                    "native": native_ml,
+                    "affine": volumes_after_affine(native_ml, affine),
+                    "moved": region_volumes_ml(labels_moved, values, measured.fixed.geometry),
+                }
+            verdict = volume_verdict(volumes)
+            summary = jacobian_summary(jacobian, measured.fixed.foreground(), labels_moved)
+            likeness = similarity(inputs, fixed.input, registered.moved[0], probabilities, spec.channels)
+            warnings += warnings_of(summary, likeness, verdict)
         clock.seconds["total"] = time.perf_counter() - start
         return Result(
             case=moving,
@@ -204,10 +214,13 @@ class Pipeline:
             inverse_field=inverse,
             labels_native=labels_native,
             labels_moved=labels_moved,
-            label_values=dict(zip(spec.labels, spec.label_values, strict=True)) if sampler is not None else {},
+            label_scheme=scheme if sampler is not None else None,
+            label_values=dict(zip(spec.labels, values, strict=True)) if sampler is not None else {},
+            modalities_used=tuple(c for c, there in zip(spec.channels, inputs.present, strict=True) if there),
             volumes_ml=volumes,
+            volume_verdict=verdict,
             jacobian_summary=summary,
-            similarity=_similarity(inputs, fixed.input, registered.moved[0], probabilities, spec.channels),
+            similarity=likeness,
             affine_quality=quality,
             timings_s=clock.seconds,
             warnings=tuple(warnings),
@@ -315,43 +328,3 @@ def _notes(case: Case, channels: Sequence[str]) -> list[str]:
     if unused:
         notes.append(f"{', '.join(unused)} is moved but not used: the bundle does not take it")
     return notes
-
-
-def _jacobian_summary(jacobian: Array, brain: Mask, labels: npt.NDArray[np.uint8] | None) -> dict[str, float | None]:
-    tumor = np.zeros(brain.shape, dtype=bool) if labels is None else labels > 0
-    outside = brain & ~tumor
-    return {
-        "folding_percent": float(100.0 * (jacobian[brain] <= 0).mean()),
-        "inside_tumor": float(jacobian[tumor].mean()) if tumor.any() else None,
-        "outside_tumor": float(jacobian[outside].mean()) if outside.any() else None,
-    }
-
-
-def _similarity(
-    moving: NetworkInput,
-    fixed: NetworkInput,
-    moved: Array,
-    probabilities: Array | None,
-    channels: Sequence[str],
-) -> dict[str, Any] | None:
-    """Correlation with the fixed image inside its brain and outside the tumour, after the affine and after all."""
-    shared = [i for i in range(len(channels)) if moving.present[i] and fixed.present[i]]
-    if not shared:
-        return None
-    index = shared[0]
-    where = fixed.tensor[0, index] != 0
-    if probabilities is not None:
-        where &= probabilities.argmax(axis=0) == 0
-    if where.sum() < 100:
-        return None
-    target = fixed.tensor[0, index][where]
-
-    def correlation(image: Array) -> float:
-        return round(float(np.corrcoef(image[where], target)[0, 1]), 4)
-
-    return {
-        "measure": "correlation",
-        "modality": channels[index],
-        "before": correlation(moving.tensor[0, index]),
-        "after": correlation(moved[index]),
-    }

@@ -21,14 +21,20 @@ from jrs.fields import DisplacementField
 from jrs.files import whole_set, write_json, write_text
 from jrs.geometry import Geometry
 from jrs.itk import save_field
+from jrs.runtime.bids import describe_dataset, refuse_raw
 from jrs.runtime.cases import Case
+from jrs.runtime.colors import bids_table, itksnap_table, label_colors, slicer_table
 from jrs.runtime.engines import EngineInfo
-from jrs.runtime.names import OutputNames
+from jrs.runtime.measures import ratios
+from jrs.runtime.names import NOT_IN_BIDS, OutputNames, output_names
+from jrs.runtime.report_schema import REPORT_VERSION
 from jrs.runtime.transform import Transform
 from jrs.volume import Volume
 from jrs.writing import rounded, save_nifti
 
 Array = npt.NDArray[np.float32]
+
+_STRIPPED_SHARE = 0.25  # of voxels that are exactly zero or less: no scanner leaves that many
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,10 @@ class Result:
         field: total displacement d(x) = A(x + u(x)) - x on the atlas's grid; ``inverse_field`` on the native one.
         transform: A and u themselves, for points and further images.
         jacobian: determinant of the total transform on the atlas's grid.
-        volumes_ml: ``native`` and ``moved``: ml of WT, TC, ET; None without a segmentation.
+        label_scheme: ``brats2018``, ``brats2023`` or ``bundle``; None without a segmentation.
+        modalities_used: those that the network took; ``case.images`` has all that were moved.
+        volumes_ml: ``native``, ``affine`` (what the affine alone makes of them) and ``moved``: ml of WT, TC, ET;
+            None without a segmentation. ``volume_verdict``: whether registration shrank the tumour.
         folding_percent: share of the atlas's brain where the determinant is not positive.
     """
 
@@ -61,9 +70,12 @@ class Result:
     inverse_field: DisplacementField | None = None
     labels_native: npt.NDArray[np.uint8] | None = None
     labels_moved: npt.NDArray[np.uint8] | None = None
+    label_scheme: str | None = None
     label_values: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    modalities_used: tuple[str, ...] = ()
     volumes_ml: Mapping[str, Mapping[str, float]] | None = None
-    jacobian_summary: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    volume_verdict: Mapping[str, Any] | None = None
+    jacobian_summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     similarity: Mapping[str, Any] | None = None
     affine_quality: Mapping[str, Any] | None = None
     timings_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -72,29 +84,44 @@ class Result:
     @property
     def folding_percent(self) -> float:
         """Share of the atlas's brain where the total transform folds, percent."""
-        value = self.jacobian_summary["folding_percent"]
-        assert value is not None
-        return value
+        return float(self.jacobian_summary["folding_percent"])
 
     @property
     def names(self) -> OutputNames:
         """The names of this result's files."""
-        return OutputNames(self.case.name, self.atlas)
+        return output_names(self.case, self.atlas)
+
+    def skull_stripped(self, modality: str) -> bool:
+        """Whether an image has a background of exact zeros, as skull-stripped images do."""
+        data = self.case.images[modality].data
+        sample = data[tuple(slice(None, None, max(1, n // 64)) for n in data.shape)]
+        return bool((sample <= 0).mean() > _STRIPPED_SHARE)
+
+    def images(self) -> dict[str, str]:
+        """The images that ``save`` writes: kind to file name."""
+        names = self.names
+        segmented = {"labels_native": names.labels_native, "labels_moved": names.labels_moved}
+        return {
+            **(segmented if self.labels_native is not None else {}),
+            **{f"moved_{modality}": names.moved(modality) for modality in self.moved},
+            "field": names.field,
+            **({"inverse_field": names.inverse_field} if self.inverse_field is not None else {}),
+            "jacobian": names.jacobian,
+        }
 
     def outputs(self) -> dict[str, str]:
         """What ``save`` writes: kind to file name."""
-        names = self.names
-        files = {
-            "labels_native": names.labels_native if self.labels_native is not None else None,
-            "labels_moved": names.labels_moved if self.labels_moved is not None else None,
-            **{f"moved_{modality}": names.moved(modality) for modality in self.moved},
-            "field": names.field,
-            "inverse_field": names.inverse_field if self.inverse_field is not None else None,
-            "jacobian": names.jacobian,
+        names, images = self.names, self.images()
+        tables = {f"{kind}_table": names.lookup(name) for kind, name in images.items() if kind.startswith("labels")}
+        if tables:
+            tables |= {"colors_slicer": names.slicer_colors, "colors_itksnap": names.itksnap_colors}
+        return {
+            **images,
+            **{f"{kind}_sidecar": names.sidecar(name) for kind, name in images.items()},
+            **tables,
             "report_json": names.report_json,
             "report_html": names.report_html,
         }
-        return {kind: name for kind, name in files.items() if name is not None}
 
     def report(self, writing_s: float | None = None) -> dict[str, Any]:
         """The content of ``<case>_report.json``; every value is plain JSON."""
@@ -102,11 +129,9 @@ class Result:
         if writing_s is not None:
             timings["total"] = timings.get("total", 0.0) + writing_s
             timings["write"] = writing_s
-        ratio = None
-        if self.volumes_ml is not None:
-            native, moved = self.volumes_ml["native"], self.volumes_ml["moved"]
-            ratio = {region: _rounded(moved[region] / native[region]) if native[region] else None for region in native}
+        volumes = self.volumes_ml
         return {
+            "report_version": REPORT_VERSION,
             "case": self.case.name,
             "atlas": self.atlas,
             "bundle": dict(self.bundle),
@@ -116,12 +141,15 @@ class Result:
                 "precision": self.engine.precision,
             },
             "modalities": list(self.case.images),
+            "modalities_used": list(self.modalities_used),
+            "inputs": {name: _input(volume) for name, volume in self.case.images.items()},
+            "label_scheme": self.label_scheme,
             "label_values": dict(self.label_values),
-            "volumes_ml": None
-            if self.volumes_ml is None
-            else {where: {r: _rounded(v) for r, v in regions.items()} for where, regions in self.volumes_ml.items()},
-            "volume_ratio": ratio,
-            "jacobian": {key: _rounded(value) for key, value in self.jacobian_summary.items()},
+            "volumes_ml": _rounded(volumes),
+            "volume_ratio": volumes and _rounded(ratios(volumes["moved"], volumes["native"])),
+            "volume_ratio_to_affine": volumes and _rounded(ratios(volumes["moved"], volumes["affine"])),
+            "volume_verdict": _rounded(self.volume_verdict),
+            "jacobian": _rounded(self.jacobian_summary),
             "similarity": self.similarity,
             "affine": self.transform.affine.tolist(),
             "affine_determinant": _rounded(float(np.linalg.det(self.transform.affine[:3, :3]))),
@@ -137,53 +165,95 @@ class Result:
 
         Raises CannotCreateError if one exists without ``overwrite``, OutputError if the disk is full.
         """
-        from jrs.runtime.report_html import html_report
-
-        folder = Path(out) / self.case.name
-        files = self.outputs()
+        folder, names, files = self.names.folder(Path(out)), self.names, self.outputs()
         start = time.perf_counter()
-        with whole_set(folder, list(files.values()), self.names.everything(), overwrite) as temporary:
-            jobs: list[Callable[[], None]] = [
-                lambda: save_field(temporary / files["field"], self.field),
-                *([self._writer_of_inverse(temporary)] if self.inverse_field is not None else []),
-                lambda: save_nifti(temporary / files["jacobian"], rounded(self.jacobian, 12), self.fixed.geometry),
-                *(self._writer_of(temporary, modality) for modality in self.moved),
-            ]
-            if self.labels_native is not None and self.labels_moved is not None:
-                save_nifti(temporary / files["labels_native"], self.labels_native, self.native, "label")
-                save_nifti(temporary / files["labels_moved"], self.labels_moved, self.fixed.geometry, "label")
-            # zlib works outside Python's lock: one thread a core, the largest files first.
-            with ThreadPoolExecutor() as pool:
-                for job in [pool.submit(job) for job in jobs]:
-                    job.result()
+        if names.bids is not None:
+            refuse_raw(Path(out), names.bids)
+        with whole_set(folder, list(files.values()), self._stale(folder), overwrite) as temporary:
+            self._write_images(temporary)
+            self._write_texts(temporary)
             report = self.report(time.perf_counter() - start)
-            modality = next(iter(self.moved))
-            page = html_report(
-                report,
-                self.case.images[modality],
-                self.labels_native if self.case.images[modality].geometry.is_close_to(self.native) else None,
-                self.fixed,
-                self.moved[modality],
-                self.labels_moved,
-                self.field,
-                self.transform.affine,
-                modality,
-            )
-            write_text(temporary / files["report_html"], page)
+            write_text(temporary / files["report_html"], self._page(report))
             write_json(temporary / files["report_json"], report)
+        if names.bids is not None:
+            describe_dataset(Path(out), names.bids, NOT_IN_BIDS)
         return folder
+
+    def _stale(self, folder: Path) -> list[str]:
+        """Files of an earlier run of this case against this atlas, by their names and by its report."""
+        try:
+            report = json.loads((folder / self.names.report_json).read_text(encoding="utf-8"))
+            listed = report["outputs"].values() if report["atlas"] == self.atlas else ()
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            listed = ()
+        return [*self.names.everything(), *(n for n in listed if isinstance(n, str) and Path(n).name == n)]
+
+    def _write_images(self, folder: Path) -> None:
+        names, fixed, inverse = self.names, self.fixed.geometry, self.inverse_field
+        jobs: list[Callable[[], None]] = [lambda: save_field(folder / names.field, self.field)]
+        if inverse is not None:
+            jobs.append(lambda: save_field(folder / names.inverse_field, inverse))
+        jobs.append(lambda: save_nifti(folder / names.jacobian, rounded(self.jacobian, 12), fixed))
+        jobs += [self._writer_of(folder, modality) for modality in self.moved]
+        if self.labels_native is not None and self.labels_moved is not None:
+            about = f"tumour labels, {self.label_scheme}"
+            save_nifti(folder / names.labels_native, self.labels_native, self.native, "label", about)
+            save_nifti(folder / names.labels_moved, self.labels_moved, fixed, "label", about)
+        # zlib works outside Python's lock: one thread a core, the largest files first.
+        with ThreadPoolExecutor() as pool:
+            for job in [pool.submit(job) for job in jobs]:
+                job.result()
 
     def _writer_of(self, folder: Path, modality: str) -> Callable[[], None]:
         return lambda: save_nifti(folder / self.names.moved(modality), self.moved[modality], self.fixed.geometry)
 
-    def _writer_of_inverse(self, folder: Path) -> Callable[[], None]:
-        inverse = self.inverse_field
-        assert inverse is not None
-        return lambda: save_field(folder / self.names.inverse_field, inverse)
+    def _write_texts(self, folder: Path) -> None:
+        """Sidecars and colour tables."""
+        from jrs.runtime.sidecars import sidecars
+
+        names = self.names
+        for image, content in sidecars(self).items():
+            write_json(folder / names.sidecar(image), content)
+        if self.labels_native is not None:
+            colors, scheme = label_colors(self.label_values), self.label_scheme or "bundle"
+            for labels in (names.labels_native, names.labels_moved):
+                write_text(folder / names.lookup(labels), bids_table(colors))
+            write_text(folder / names.slicer_colors, slicer_table(colors, scheme))
+            write_text(folder / names.itksnap_colors, itksnap_table(colors, scheme))
+
+    def _page(self, report: Mapping[str, Any]) -> str:
+        from jrs.runtime.report_html import html_report
+
+        modality = next(iter(self.moved))
+        image = self.case.images[modality]
+        return html_report(
+            report,
+            image,
+            self.labels_native if image.geometry.is_close_to(self.native) else None,
+            self.fixed,
+            self.moved[modality],
+            self.labels_moved,
+            self.field,
+            self.transform.affine,
+            modality,
+            self.jacobian,
+        )
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.6g}")
+def _input(volume: Volume) -> dict[str, Any]:
+    grid = volume.geometry
+    return {
+        "file": None if volume.path is None else Path(volume.path).name,
+        "shape": list(grid.shape),
+        "spacing_mm": [round(float(v), 4) for v in np.linalg.norm(grid.affine[:3, :3], axis=0)],
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to six digits, however deep they lie."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _versions() -> dict[str, str]:

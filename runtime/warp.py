@@ -109,9 +109,8 @@ def warp_file(
     volumes = _read(image, interpolation)
     data = warp_volumes([v.data for v in volumes], volumes[0].geometry, chain, target, interpolation, outside)
     series = data.ndim == 4
-    save_nifti(
-        out, data, target, "label" if interpolation == "label" else "image", _time_step(image) if series else None
-    )
+    intent: Literal["image", "label"] = "label" if interpolation == "label" else "image"
+    save_nifti(out, data, target, intent, fourth=_time_step(image) if series else None)
     return volumes[0].notes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -15,10 +16,13 @@ from PIL import Image
 
 from jrs.fields import DisplacementField
 from jrs.geometry import FloatArray, Geometry, apply_affine
-from jrs.runtime.report_html import CLASSES, GRID_MM, html_report
+from jrs.runtime.measures import volume_verdict
+from jrs.runtime.report_html import html_report
+from jrs.runtime.report_pictures import CHECK_MM, CLASSES, GRID_MM
 from jrs.volume import Volume
 
 PLANES = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}
+ROWS = {"case", "atlas", "moved", "grid", "jacobian", "blend", "checker", "length"}
 RADII = np.array([30.0, 38.0, 26.0])
 CENTER = np.array([-4.0, 12.0, 20.0])  # of the case's brain
 TUMOR = CENTER + np.array([10.0, 12.0, 8.0])  # right, anterior, superior
@@ -27,6 +31,11 @@ BLOB = CENTER + np.array([-14.0, 12.0, 8.0])  # left, in the tumour's axial and 
 SCALE, SHIFT = 1.1, np.array([3.0, -5.0, 7.0])
 AFFINE = np.diag([SCALE, SCALE, SCALE, 1.0])
 AFFINE[:3, 3] = SHIFT
+VOLUMES: dict[str, dict[str, float]] = {
+    "native": {"WT": 30.0, "TC": 10.0, "ET": 0.0},
+    "affine": {"WT": 22.54, "TC": 7.513, "ET": 0.0},  # by 1.1^3
+    "moved": {"WT": 22.5, "TC": 7.0, "ET": 0.0},
+}
 VOID = {"img", "meta", "br", "link", "hr", "input"}
 
 
@@ -78,6 +87,8 @@ class Inputs:
     field: DisplacementField | None
     affine: FloatArray
     modality: str = "t1"
+    jacobian: npt.NDArray[np.float32] | None = None
+    interactive: bool = False
 
     def page(self) -> Page:
         text = html_report(*self.__dict__.values())
@@ -108,7 +119,7 @@ class Page(HTMLParser):
         assert self.open and self.open.pop() == tag, f"{tag} at {self.getpos()}"
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script"):
             self.words += data + "\n"
 
     def image(self, row: str, plane: str) -> dict[str, str | None]:
@@ -150,9 +161,19 @@ def inputs(native: Geometry | None = None, u: npt.ArrayLike = (0.0, 0.0, 0.0)) -
         "bundle": {"name": "base", "sha256": "ab" * 32},
         "engine": {"backend": "onnxruntime", "device": "CPU", "precision": "fp32"},
         "modalities": ["t1", "flair"],
-        "volumes_ml": {"native": {"WT": 30.0, "TC": 10.0, "ET": 0}, "moved": {"WT": 22.5, "TC": 7, "ET": 0}},
-        "jacobian": {"folding_percent": 0.01, "inside_tumor": 1.3, "outside_tumor": None},
-        "similarity": {"modality": "t1", "before": 0.7, "after": 0.91},
+        "modalities_used": ["t1"],
+        "label_scheme": "brats2018",
+        "label_values": {"background": 0, "core": 1, "edema": 2, "enhancing_tumor": 4},
+        "volumes_ml": VOLUMES,
+        "volume_verdict": volume_verdict(VOLUMES),
+        "jacobian": {
+            **{"folding_percent": 0.01, "inside_tumor": 1.3, "outside_tumor": None},
+            **{"inside": {"mean": 1.3, "sd": 0.123, "p5": 0.987, "p95": 1.765, "log_mean": 0.234}, "outside": None},
+        },
+        "similarity": {
+            **{"modality": "t1", "before": 0.7, "after": 0.91},
+            "modalities": {"t1": {"before": 0.7, "after": 0.91}, "t2": {"before": 0.345, "after": 0.456}},
+        },
         "affine": AFFINE.tolist(),
         "timings_s": {"read": 0.5, "register": 2.0, "total": 2.5},
         "warnings": ["slices are thick"],
@@ -168,6 +189,7 @@ def inputs(native: Geometry | None = None, u: npt.ArrayLike = (0.0, 0.0, 0.0)) -
         case_labels(there, enhancing=3),
         total_field(grid, u),
         AFFINE,
+        jacobian=np.full(grid.shape, SCALE**3, dtype=np.float32),
     )
 
 
@@ -296,37 +318,77 @@ def test_overlay_is_red_for_the_atlas_and_cyan_for_the_case(page: Page) -> None:
     np.testing.assert_array_equal(picture[plain][:, 0], atlas[plain][:, 0])
 
 
+def test_volume_change_is_colored_from_half_to_twice() -> None:
+    """|det A| / J: none is white, half the volume orange, twice blue; a fold magenta."""
+    given = inputs()
+    assert given.jacobian is not None
+    for factor, color in ((1.0, (0xF7, 0xF7, 0xF7)), (2.0, (0xB2, 0x54, 0x1B)), (0.5, (0x1F, 0x5F, 0x99))):
+        given.jacobian[:] = SCALE**3 * factor
+        picture = given.page().pixels("jacobian", "axial")
+        middle = picture[picture.shape[0] // 2, picture.shape[1] // 2]
+        np.testing.assert_allclose(middle, color, atol=2)
+        assert not picture[0, 0].any()
+    given.jacobian[:] = -1.0
+    picture = given.page().pixels("jacobian", "axial")
+    assert tuple(picture[picture.shape[0] // 2, picture.shape[1] // 2]) == (255, 0, 255)
+
+
+@pytest.mark.parametrize("plane", PLANES)
+def test_checkerboard_takes_atlas_and_case_in_turn(plane: str) -> None:
+    given = inputs()
+    given.native_labels = given.moved_labels = None  # no outlines, which the checkerboard has not either
+    shown = given.page()
+    picture, atlas, moved = (shown.pixels(row, plane) for row in ("checker", "atlas", "moved"))
+    assert not np.array_equal(atlas, moved)
+    for row in range(0, picture.shape[0], CHECK_MM):
+        for column in range(0, picture.shape[1], CHECK_MM):
+            field = np.s_[row : row + CHECK_MM, column : column + CHECK_MM]
+            source = moved if (row + column) // CHECK_MM % 2 else atlas
+            np.testing.assert_array_equal(picture[field], source[field])
+
+
 def test_page_stands_alone(page: Page) -> None:
     for tag, attributes in page.tags:
-        assert tag not in {"script", "link", "iframe", "object"}
+        assert tag not in {"link", "iframe", "object"}
         assert "href" not in attributes
         if "src" in attributes:
-            assert (attributes["src"] or "").startswith("data:image/png;base64,")
+            assert tag == "img" and (attributes["src"] or "").startswith("data:image/png;base64,")
             assert attributes["alt"]
     assert "http://" not in page.source and "https://" not in page.source
     assert "url(" not in page.source and "@import" not in page.source
     assert page.source.startswith("<!DOCTYPE html>") and page.tags[0] == ("html", {"lang": "en"})
-    assert page.rows() == {"case", "atlas", "moved", "grid", "blend", "length"}
+    assert page.rows() == ROWS
     assert "prefers-color-scheme:dark" in page.source and "@media print" in page.source
     assert len(page.source) < 3_000_000
 
 
+def test_only_the_pages_own_script_may_run(page: Page) -> None:
+    policy = next(a["content"] or "" for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
+    script = page.source[page.source.index("<script>") + 8 : page.source.rindex("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}' 'strict-dynamic'" in policy
+    assert "default-src 'none'" in policy and "connect-src" not in policy
+
+
 def test_everything_in_the_report_is_shown(page: Page) -> None:
-    of_the_run = ("case-1", "sri24", "ab" * 32, "onnxruntime", "fp32", "t1, flair", "2.00 s", "2.50 s")
-    measured = ("30.00", "22.50", "75.0 %", "0.010 %", "1.300", "0.700", "0.910", "1.1000", "0.1.0")
+    of_the_run = ("case-1", "sri24", "ab" * 32, "onnxruntime", "fp32", "t1, flair", "2.00 s", "2.50 s", "brats2018")
+    measured = ("30.00", "22.54", "22.50", "75.0 %", "99.8 %", "0.010 %", "1.300", "0.700", "0.910", "1.1000", "0.1.0")
+    measured += ("0.123", "0.987", "1.765", "0.234", "0.345", "0.456")
     for words in (*of_the_run, *measured, "slices are thick", "case-1_xfm.nii.gz", "Not a medical device"):
         assert words in page.words, words
     assert "not computed" in page.words  # the Jacobian outside the tumour
     assert page.words.index("shrink") < page.words.index("slices are thick") < page.words.index("Axial")
 
 
-def test_verdict_divides_the_affine_out() -> None:
+@pytest.mark.parametrize(
+    ("answer", "color"), [("kept", "good"), ("shrunk", "bad"), ("grown", "bad"), ("no_tumor", "open"), (None, "open")]
+)
+def test_the_verdict_is_the_reports(answer: str | None, color: str) -> None:
     given = inputs()
-    assert "No: the deformation left the whole tumour at 99.8 %" in given.page().words  # 75 % times 1.1^3
-    given.affine = np.eye(4)
-    assert "Yes: the deformation took 25.0 %" in given.page().words
-    given.report["volumes_ml"]["native"]["WT"] = 0.0
-    assert "No tumour was segmented." in given.page().words
+    given.report["volume_verdict"] = {"answer": answer, "kept_percent": None, "text": "What it says."}
+    shown = given.page()
+    assert "What it says." in shown.words
+    assert ("p", {"class": f"verdict {color}"}) in shown.tags
 
 
 def test_everything_is_escaped() -> None:
@@ -343,7 +405,7 @@ def test_everything_is_escaped() -> None:
         given.report[mapping][evil] = 1.0
     given.modality = evil
     shown = given.page()
-    assert "<script" not in shown.source.lower()
+    assert shown.source.lower().count("<script") == 1  # the page's own
     assert shown.words.count(evil) >= 25
 
 
@@ -351,10 +413,10 @@ def test_everything_is_escaped() -> None:
 def test_without_segmentation_field_and_report(keys: str) -> None:
     given = inputs()
     given.report = dict.fromkeys(given.report) if keys == "none" else {}
-    given.native_labels = given.moved_labels = given.field = None
+    given.native_labels = given.moved_labels = given.field = given.jacobian = None
     shown = given.page()
-    assert "Not computed" in shown.words and shown.words.count("not computed") > 15
-    assert shown.rows() == {"case", "atlas", "moved", "blend"}
+    assert shown.words.count("not computed") > 15
+    assert shown.rows() == {"case", "atlas", "moved", "blend", "checker"}
     for plane in PLANES:
         assert not any(outline(shown.pixels(row, plane)).any() for row in ("case", "atlas", "moved"))
 
@@ -395,4 +457,4 @@ def test_empty_images_are_drawn() -> None:
     given.native_labels = None
     given.moved = np.zeros_like(given.moved)
     given.fixed = Volume(np.zeros_like(given.fixed.data), given.fixed.geometry)
-    assert given.page().rows() == {"case", "atlas", "moved", "grid", "blend", "length"}
+    assert given.page().rows() == ROWS
