@@ -82,7 +82,8 @@ def load_field(path: Path) -> DisplacementField:
         data = np.asarray(image.dataobj, dtype=np.float32)  # type: ignore[attr-defined]
         code = int(image.header["intent_code"])  # type: ignore[index]
     except (OSError, ValueError, EOFError, nib.filebasedimages.ImageFileError, KeyError) as error:
-        raise BadDataError(f"{path}: cannot be read as a displacement field ({first_line(error)}); write it again") from error
+        reason = first_line(error)
+        raise BadDataError(f"{path}: cannot be read as a displacement field ({reason}); write it again") from error
     if data.ndim != 5 or data.shape[3:] != (1, 3) or code != 1007:
         raise BadDataError(
             f"{path}: has shape {data.shape} and intent {code}, a displacement field is (X,Y,Z,1,3) with intent 1007; "

@@ -11,7 +11,8 @@ import pytest
 
 from jrs.errors import BadDataError
 from jrs.geometry import Geometry
-from jrs.runtime.affine import foreground_box, register_affine
+from jrs.runtime.affine import foreground_box, judge_affine, register_affine
+from jrs.runtime.affine_search import Block, quality, starts
 from jrs.volume import Volume
 
 pytest.importorskip("SimpleITK")
@@ -177,3 +178,70 @@ def test_the_box_holds_the_foreground_in_the_world(helpers: Any, codes: str) -> 
     lower, upper = foreground_box(volume(*helpers.stored_as(data, affine, codes)))
     np.testing.assert_allclose(lower, nib.affines.apply_affine(affine, (4, 6, 5)), atol=1e-9)
     np.testing.assert_allclose(upper, nib.affines.apply_affine(affine, (14, 16, 11)), atol=1e-9)
+
+
+# Quality and further starts -------------------------------------------------------------------------------
+
+
+def test_the_overlap_is_the_dice_score_of_the_foregrounds(helpers: Any) -> None:
+    """Two equal boxes of 40 mm, one shifted by 10 mm: three quarters overlap; moved back, all of them do."""
+    affine = helpers.grid_affine((40, 40, 40), (2.0, 2.0, 2.0), "LAS")
+    data = np.zeros((40, 40, 40))
+    data[10:30, 10:30, 10:30] = np.random.default_rng(0).uniform(60, 100, (20, 20, 20))
+    shifted = affine.copy()
+    shifted[0, 3] += 10.0
+    matrix = np.eye(4)
+    matrix[0, 3] = 10.0
+    before, after, warning = judge_affine(volume(data, shifted), volume(data, affine), matrix)
+    assert before.overlap == pytest.approx(0.75, abs=0.05)
+    assert after.overlap == pytest.approx(1.0, abs=0.03) and warning is None
+    assert after.mutual_information > before.mutual_information > 0
+
+
+def test_a_placement_that_is_wrong_is_called_poor(fixed: Volume) -> None:
+    wrong = np.eye(4)
+    wrong[:3, 3] = (60.0, 0.0, 0.0)
+    _, after, warning = judge_affine(fixed, fixed, wrong)
+    assert after.overlap < 0.5 and warning is not None
+    assert "poor" in warning and "--affine" in warning and "\n" not in warning
+
+
+def test_a_placement_worse_than_none_is_called_poor(fixed: Volume, helpers: Any) -> None:
+    """Nearly the same foreground, but turned by half a circle about the long axis."""
+    linear = np.diag([-1.0, 1.0, -1.0])
+    turned = np.eye(4)
+    turned[:3, :3] = linear
+    turned[:3, 3] = OFFSET - linear @ OFFSET
+    before, after, warning = judge_affine(fixed, fixed, turned)
+    assert after.overlap > 0.75 and after.mutual_information < before.mutual_information
+    assert warning is not None and "mutual information" in warning
+
+
+@pytest.mark.parametrize("degrees", [(0, 0, 44), (-30, 20, 25), (40, -10, 5), (25, 25, 25)], ids=str)
+def test_large_rotations_shifts_and_scales_are_found(fixed: Volume, helpers: Any, degrees: Any) -> None:
+    truth = misplacement(helpers, degrees, 0.87 * np.eye(3), (30, -40, 25))
+    data, affine = moving_image(helpers, truth)
+    found = register_affine(volume(data, affine), fixed, threads=1)
+    assert worst_mm(found.matrix, truth) < 2.5
+    assert found.before.overlap < 0.6 < 0.9 < found.after.overlap
+
+
+def test_images_of_other_things_come_with_a_warning(fixed: Volume, helpers: Any) -> None:
+    """A long thin thing is no head, wherever it is put: every start is tried, and the outcome said to be poor."""
+    affine = helpers.grid_affine((20, 20, 70), (3.0, 3.0, 3.0), "RAS")
+    x, y, z = helpers.world_points(affine, (20, 20, 70))
+    rod = 100.0 * ((x**2 + y**2 < 15.0**2) & (np.abs(z) < 95.0)) + np.cos(z / 5.0)
+    found = register_affine(volume(rod, affine, "rod.nii.gz"), fixed, "rigid", threads=1)
+    assert found.starts > 1 and found.warning is not None
+
+
+def test_an_upside_down_head_is_found_by_the_further_starts(fixed: Volume) -> None:
+    """Search everywhere, without the first one's net of up to 50 degrees."""
+    block = Block(np.maximum(np.asarray(fixed.data, dtype=np.float32), 0.0), fixed.geometry).averaged(3)
+    turned = np.diag([1.0, -1.0, -1.0, 1.0])
+    turned[:3, 3] = OFFSET - turned[:3, :3] @ OFFSET
+    moving = Block(block.data, Geometry(block.grid.shape, turned @ block.grid.affine))
+    near = starts(moving, block, True, False, 1)[0]
+    found = starts(moving, block, True, True, 2)[0]
+    assert worst_mm(found, turned) < 5.0
+    assert quality(moving, block, found).mutual_information > quality(moving, block, near).mutual_information - 1e-6

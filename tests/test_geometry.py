@@ -175,3 +175,23 @@ def test_a_grid_cannot_be_changed_from_outside(oblique: np.ndarray) -> None:
         grid.affine[0, 0] = 2.0
     with pytest.raises(AttributeError):
         grid.shape = (1, 1, 1)  # type: ignore[misc]
+
+
+# Canonical order ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codes", AXES)
+def test_every_orientation_has_one_canonical_grid(oblique: np.ndarray, helpers: Any, codes: str) -> None:
+    """The same array and the same grid to the last bit, after single precision as a header has it."""
+    data = np.random.default_rng(0).normal(size=SHAPE)
+    turned, affine = helpers.stored_as(data, oblique, codes)
+    grid, order = Geometry(turned.shape, affine.astype(np.float32)).canonical()
+    want, want_affine = helpers.stored_as(data, oblique, "RAS")
+    np.testing.assert_array_equal(order.apply(turned), want)
+    np.testing.assert_array_equal(order.undo(order.apply(turned)), turned)
+    several = np.stack([turned, 2 * turned])
+    np.testing.assert_array_equal(order.undo(order.apply(several)), several)
+    assert grid.shape == want.shape and grid.orientation == "RAS"
+    np.testing.assert_allclose(grid.affine, want_affine, atol=0.01)
+    again, _ = Geometry(SHAPE, oblique.astype(np.float32)).canonical()
+    assert grid == again
