@@ -19,13 +19,15 @@ from jrs.fields import DisplacementField, jacobian_determinant
 from jrs.files import refuse_existing
 from jrs.geometry import FloatArray, Geometry
 from jrs.itk import load_affine
-from jrs.resources import atlas_path
+from jrs.resources import DATA, atlas_path
 from jrs.runtime.affine import register_affine
 from jrs.runtime.cases import Case, load_case
 from jrs.runtime.labels import LabelSampler, region_volumes_ml
+from jrs.runtime.lesions import Lesions
 from jrs.runtime.names import OutputNames, atlas_label
 from jrs.runtime.network import Codes, Network
 from jrs.runtime.preprocess import NetworkInput, network_input, place_grid
+from jrs.runtime.refine import DEFAULT_ITERATIONS, Pyramid, Refiner
 from jrs.runtime.results import Result
 from jrs.runtime.sampling import affine_coords, sample, slabs
 from jrs.runtime.transform import Transform, to_voxel_coords
@@ -39,7 +41,8 @@ class InferOptions:
     """What to compute for a case; the fields are the options of ``jrs infer``.
 
     ``affine``: ``auto`` (12 parameters), ``rigid``, ``off`` (the images share a space), or an ITK affine file.
-    ``segment``, ``inverse``: whether to make the labels and the inverse field. ``keep_clear_of``: stop before the
+    ``segment``, ``inverse``: whether to make the labels and the inverse field. ``refine``: iterations of the refinement
+    at its finest level, 0 for none. ``keep_clear_of``: stop before the
     work if this folder holds the case's results for this atlas already.
     """
 
@@ -49,10 +52,11 @@ class InferOptions:
     affine: str = "auto"
     segment: bool = True
     inverse: bool = True
+    refine: int = DEFAULT_ITERATIONS
     keep_clear_of: Path | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class FixedImage:
     """An atlas, encoded: what every case registered to it can share."""
 
@@ -61,6 +65,9 @@ class FixedImage:
     grid: Geometry
     input: NetworkInput
     codes: Codes
+    healthy: bool
+    lesions: Lesions | None = None
+    pyramids: dict[Any, Pyramid] = field(default_factory=dict)
 
 
 @dataclass
@@ -91,6 +98,8 @@ class Pipeline:
         self.network, self.threads = network, threads
         self.progress: Callable[[str], None] = lambda stage: None
         self._fixed: dict[str, FixedImage] = {}
+        orientation = network.bundle.manifest.model.grid.orientation
+        self.refiner = Refiner(network.backend, orientation, threads)
 
     @staticmethod
     def open(
@@ -161,6 +170,16 @@ class Pipeline:
         with clock.stage("registration"):
             registered = self.network.register(inputs.tensor, codes, fixed.codes)
         displacement = DisplacementField.from_voxels(registered.displacement[0], fixed.grid)
+        refined, stages = None, {"after": registered.moved[0]}
+        if options.refine:
+            with clock.stage("refinement"):
+                lesions = Lesions.found(probabilities, fixed.grid, self.threads)
+                images = (moving, lesions), (fixed.case, self._lesions(probabilities, fixed))
+                refined, notes = self.refiner.refine_case(*images, affine, displacement, options.refine, fixed.pyramids)
+                warnings += notes
+                displacement = refined.displacement
+                again = _moved_again(inputs.tensor[0], displacement, fixed.grid, self.threads)
+                stages = {"network": registered.moved[0], "after": again}
         transform = Transform(affine, displacement, self.threads)
         sampler = None
         if probabilities is not None:
@@ -206,7 +225,8 @@ class Pipeline:
             label_values=dict(zip(spec.labels, spec.label_values, strict=True)) if sampler is not None else {},
             volumes_ml=volumes,
             jacobian_summary=summary,
-            similarity=_similarity(inputs, fixed.input, registered.moved[0], probabilities, spec.channels),
+            similarity=_similarity(inputs, fixed.input, stages, probabilities, spec.channels),
+            refinement=None if refined is None else refined.summary(),
             affine_quality=quality,
             timings_s=clock.seconds,
             warnings=tuple(warnings),
@@ -223,8 +243,16 @@ class Pipeline:
                 grid = place_grid(spec.grid, next(iter(case.images.values())))
                 inputs = network_input(case.images, spec, grid, threads=self.threads, whose=f"the atlas {path}")
                 codes = self.network.encode(inputs.tensor)
-            self._fixed[key] = FixedImage(label, case, grid, inputs, codes)
+            self._fixed[key] = FixedImage(label, case, grid, inputs, codes, path.parent == DATA / "atlases")
         return self._fixed[key]
+
+    def _lesions(self, probabilities: Array | None, fixed: FixedImage) -> Lesions:
+        """What to leave out of the fixed image; an atlas that ships with jrs is healthy."""
+        if probabilities is None or fixed.healthy:
+            return Lesions(None, fixed.grid)
+        if fixed.lesions is None:
+            fixed.lesions = Lesions.found(self.network.segment(fixed.codes), fixed.grid, self.threads)
+        return fixed.lesions
 
     def _affine(self, moving: Case, fixed: Case, wanted: str) -> tuple[FloatArray, dict[str, Any] | None]:
         if wanted == "off":
@@ -242,6 +270,14 @@ class Pipeline:
             "mutual_information_after": round(-found.metric_after, 4),
         }
         return found.matrix, quality
+
+
+def _moved_again(images: Array, displacement: DisplacementField, grid: Geometry, threads: int | None) -> Array:
+    """``images`` (C,X,Y,Z) on the network's grid, moved by a displacement that lies on another."""
+    moved = np.empty_like(images)
+    for planes, points, _ in Transform(np.eye(4), displacement, threads).forward(grid):
+        moved[:, planes] = sample(images, to_voxel_coords(points, grid), None, threads)
+    return moved
 
 
 class _Measured:
@@ -319,11 +355,11 @@ def _jacobian_summary(jacobian: Array, brain: Mask, labels: npt.NDArray[np.uint8
 def _similarity(
     moving: NetworkInput,
     fixed: NetworkInput,
-    moved: Array,
+    stages: Mapping[str, Array],
     probabilities: Array | None,
     channels: Sequence[str],
 ) -> dict[str, Any] | None:
-    """Correlation with the fixed image inside its brain and outside the tumour, after the affine and after all."""
+    """Correlation with the fixed image inside its brain and outside the tumour, after the affine and each stage."""
     shared = [i for i in range(len(channels)) if moving.present[i] and fixed.present[i]]
     if not shared:
         return None
@@ -342,5 +378,5 @@ def _similarity(
         "measure": "correlation",
         "modality": channels[index],
         "before": correlation(moving.tensor[0, index]),
-        "after": correlation(moved[index]),
+        **{stage: correlation(moved[index]) for stage, moved in stages.items()},
     }

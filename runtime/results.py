@@ -65,6 +65,7 @@ class Result:
     volumes_ml: Mapping[str, Mapping[str, float]] | None = None
     jacobian_summary: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
     similarity: Mapping[str, Any] | None = None
+    refinement: Mapping[str, Any] | None = None
     affine_quality: Mapping[str, Any] | None = None
     timings_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -123,6 +124,7 @@ class Result:
             "volume_ratio": ratio,
             "jacobian": {key: _rounded(value) for key, value in self.jacobian_summary.items()},
             "similarity": self.similarity,
+            "refinement": self.refinement,
             "affine": self.transform.affine.tolist(),
             "affine_determinant": _rounded(float(np.linalg.det(self.transform.affine[:3, :3]))),
             "affine_quality": self.affine_quality,
