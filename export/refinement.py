@@ -7,8 +7,8 @@ Inputs: ``fixed``, ``moving`` (1,C,X,Y,Z); ``weights`` (1,1,X,Y,Z), zero where n
 ``displacement`` (1,3,X,Y,Z), voxels; ``update_kernel``, ``field_kernel``, odd lengths: the Gaussians that smooth each
 update and the whole field; ``step``, the longest update in voxels; ``iterations``, the most of them, at least one.
 Outputs: ``refined``, the displacement improved; ``similarity`` (2,), the mean of squared local correlation before the
-first and before the last iteration; ``done``, how many there were: it stops when the similarity falls. Every value is
-FP32.
+first and before the last iteration; ``done``, how many there were: it stops when the similarity falls twice in a
+row. Every value is FP32.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from jrs.export.custom_op import DOMAIN, IR_VERSION, OP_TYPE, OPSET, add_functio
 
 WINDOW = 5
 """Voxels along each side of the window that correlation is taken over."""
-_VARIANCE_FLOOR = 3e-3
+_VARIANCE_FLOOR = 2e-2
 """Added to each window's variances, of images of unit variance: noise in flat regions pulls on nothing."""
+_SMALLEST_VARIANCE = 1e-5
+"""Far above what rounding leaves of a variance of zero."""
 _LEAST_WEIGHT = 0.2
 """A window with less of its weight than this is not compared."""
-_FORCE_FLOOR = 1e-3
-"""Where no smoothed force is longer, images agree, and updates stay shorter than ``step``."""
+_FORCE_FLOOR = 1.0
+"""Forces as long as this move by ``step``; where all are shorter, images nearly agree and updates shrink with them."""
 _END = 2**62
 
 
@@ -123,14 +125,14 @@ def refinement_model() -> onnx.ModelProto:
     _fixed_side(outer)
     _loop_body(body)
     flags = [("iteration_number", TensorProto.INT64), ("go_on", TensorProto.BOOL)]
-    carried = [("u", [1, 3, None, None, None]), ("first", []), ("last", []), ("count", [])]
+    carried = [("u", [1, 3, None, None, None]), ("first", []), ("last", []), ("count", []), ("falls", [])]
     inputs = [helper.make_tensor_value_info(name, kind, []) for name, kind in flags]
     inputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in carried]
     outputs = [helper.make_tensor_value_info("still", TensorProto.BOOL, [])]
     outputs += [helper.make_tensor_value_info(f"new_{name}", TensorProto.FLOAT, shape) for name, shape in carried]
     loop = helper.make_graph(body.nodes, "iteration", inputs, outputs)
-    start = [outer.constant(True, np.bool_), "displacement", *[outer.constant(0.0)] * 3]
-    results = ["refined", "first_similarity", "last_similarity", "done"]
+    start = [outer.constant(True, np.bool_), "displacement", *[outer.constant(0.0)] * 4]
+    results = ["refined", "first_similarity", "last_similarity", "done", "last_falls"]
     # No trip count: its type would be the one input that is not FP32.
     outer.nodes.append(helper.make_node("Loop", ["", *start], results, name="loop", body=loop))
     return _finished(outer)
@@ -175,7 +177,8 @@ def _fixed_side(graph: _Graph) -> None:
     means = graph.op("Concat", weighted, graph.op("Mul", weighted, "f"), axis=1)
     mean, square = graph.parts(graph.op("Mul", graph.box(means, 2), "inverse_amount"), 2)
     graph.op("Identity", mean, output="f_mean")
-    graph.op("Reciprocal", _variance(graph, mean, square), output="f_precision")
+    floored = graph.op("Add", _variance(graph, mean, square), _VARIANCE_FLOOR)
+    graph.op("Reciprocal", floored, output="f_precision")
     windows = graph.op("ReduceSum", graph.op("Cast", enough, to=TensorProto.FLOAT), keepdims=0)
     channels = graph.op("Cast", graph.op("Squeeze", graph.op("Shape", "fixed", start=1, end=2)), to=TensorProto.FLOAT)
     graph.op("Max", graph.op("Mul", windows, channels), 1.0, output="windows")
@@ -193,8 +196,7 @@ def _fixed_side(graph: _Graph) -> None:
 
 
 def _variance(graph: _Graph, mean: str, square: str) -> str:
-    spread = graph.op("Relu", graph.op("Sub", square, graph.op("Mul", mean, mean)))
-    return graph.op("Add", spread, _VARIANCE_FLOOR)
+    return graph.op("Relu", graph.op("Sub", square, graph.op("Mul", mean, mean)))
 
 
 def _loop_body(graph: _Graph) -> None:
@@ -222,12 +224,14 @@ def _correlation(graph: _Graph, m: str) -> tuple[str, str]:
     weighted = graph.op("Mul", "weights", m)
     means = graph.op("Concat", weighted, graph.op("Mul", weighted, m), graph.op("Mul", weighted, "f"), axis=1)
     mean, square, product = graph.parts(graph.op("Mul", graph.box(means, 3), "inverse_amount"), 3)
-    precision = graph.op("Reciprocal", _variance(graph, mean, square))
+    variance = _variance(graph, mean, square)
     covariance = graph.op("Sub", product, graph.op("Mul", mean, "f_mean"))
-    ratio = graph.op("Mul", graph.op("Mul", covariance, "f_precision"), precision)
+    floored = graph.op("Add", variance, _VARIANCE_FLOOR)
+    ratio = graph.op("Div", graph.op("Mul", covariance, "f_precision"), floored)
     total = graph.op("ReduceSum", graph.op("Mul", ratio, covariance), keepdims=0)
     a = graph.op("Mul", ratio, "inverse_amount")
-    b = graph.op("Mul", a, graph.op("Mul", covariance, precision))
+    # The floors are weights of the windows, not parts of what is differentiated: they would ask for contrast.
+    b = graph.op("Mul", a, graph.op("Div", covariance, graph.op("Max", variance, _SMALLEST_VARIANCE)))
     c = graph.op("Sub", graph.op("Mul", a, "f_mean"), graph.op("Mul", b, mean))
     a, b, c = graph.parts(graph.box(graph.op("Concat", a, b, c, axis=1), 3), 3)
     slope = graph.op("Sub", graph.op("Sub", graph.op("Mul", "f", a), graph.op("Mul", m, b)), c)
@@ -248,6 +252,8 @@ def _bookkeeping(graph: _Graph, similarity: str) -> None:
     graph.op("Where", begun, "first", similarity, output="new_first")
     graph.op("Identity", similarity, output="new_last")
     graph.op("Add", "count", 1.0, output="new_count")
-    falls = graph.op("And", begun, graph.op("Less", similarity, "last"))
-    more = graph.op("Less", "new_count", "iterations")
-    graph.op("And", more, graph.op("Not", falls), output="still")
+    fell = graph.op("And", begun, graph.op("Less", similarity, "last"))
+    graph.op("Where", fell, graph.op("Add", "falls", 1.0), 0.0, output="new_falls")
+    # One fall may be the field's smoothing, as it begins to work on a rough start.
+    rising = graph.op("Less", "new_falls", 1.5)
+    graph.op("And", graph.op("Less", "new_count", "iterations"), rising, output="still")

@@ -23,7 +23,6 @@ from jrs.resources import DATA, atlas_path
 from jrs.runtime.affine import register_affine
 from jrs.runtime.cases import Case, load_case
 from jrs.runtime.labels import LabelSampler, region_volumes_ml
-from jrs.runtime.lesions import Lesions
 from jrs.runtime.names import OutputNames, atlas_label
 from jrs.runtime.network import Codes, Network
 from jrs.runtime.preprocess import NetworkInput, network_input, place_grid
@@ -31,6 +30,7 @@ from jrs.runtime.refine import DEFAULT_ITERATIONS, Pyramid, Refiner
 from jrs.runtime.results import Result
 from jrs.runtime.sampling import affine_coords, sample, slabs
 from jrs.runtime.transform import Transform, to_voxel_coords
+from jrs.runtime.tumors import Tumors
 
 Array = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -66,7 +66,7 @@ class FixedImage:
     input: NetworkInput
     codes: Codes
     healthy: bool
-    lesions: Lesions | None = None
+    tumors: Tumors | None = None
     pyramids: dict[Any, Pyramid] = field(default_factory=dict)
 
 
@@ -170,16 +170,17 @@ class Pipeline:
         with clock.stage("registration"):
             registered = self.network.register(inputs.tensor, codes, fixed.codes)
         displacement = DisplacementField.from_voxels(registered.displacement[0], fixed.grid)
-        refined, stages = None, {"after": registered.moved[0]}
+        refinement, moved_input = None, registered.moved[0]
         if options.refine:
             with clock.stage("refinement"):
-                lesions = Lesions.found(probabilities, fixed.grid, self.threads)
-                images = (moving, lesions), (fixed.case, self._lesions(probabilities, fixed))
+                tumors = Tumors.found(probabilities, fixed.grid, self.threads)
+                images = (moving, tumors), (fixed.case, self._tumors(probabilities, fixed))
                 refined, notes = self.refiner.refine_case(*images, affine, displacement, options.refine, fixed.pyramids)
                 warnings += notes
                 displacement = refined.displacement
-                again = _moved_again(inputs.tensor[0], displacement, fixed.grid, self.threads)
-                stages = {"network": registered.moved[0], "after": again}
+                unrefined = _similarity(inputs, fixed.input, moved_input, probabilities, spec.channels)
+                refinement = {**refined.summary(), "similarity_before": unrefined and unrefined["after"]}
+                moved_input = _moved_again(inputs.tensor[0], displacement, fixed.grid, self.threads)
         transform = Transform(affine, displacement, self.threads)
         sampler = None
         if probabilities is not None:
@@ -225,8 +226,8 @@ class Pipeline:
             label_values=dict(zip(spec.labels, spec.label_values, strict=True)) if sampler is not None else {},
             volumes_ml=volumes,
             jacobian_summary=summary,
-            similarity=_similarity(inputs, fixed.input, stages, probabilities, spec.channels),
-            refinement=None if refined is None else refined.summary(),
+            similarity=_similarity(inputs, fixed.input, moved_input, probabilities, spec.channels),
+            refinement=refinement,
             affine_quality=quality,
             timings_s=clock.seconds,
             warnings=tuple(warnings),
@@ -246,13 +247,13 @@ class Pipeline:
             self._fixed[key] = FixedImage(label, case, grid, inputs, codes, path.parent == DATA / "atlases")
         return self._fixed[key]
 
-    def _lesions(self, probabilities: Array | None, fixed: FixedImage) -> Lesions:
+    def _tumors(self, probabilities: Array | None, fixed: FixedImage) -> Tumors:
         """What to leave out of the fixed image; an atlas that ships with jrs is healthy."""
         if probabilities is None or fixed.healthy:
-            return Lesions(None, fixed.grid)
-        if fixed.lesions is None:
-            fixed.lesions = Lesions.found(self.network.segment(fixed.codes), fixed.grid, self.threads)
-        return fixed.lesions
+            return Tumors(None, fixed.grid)
+        if fixed.tumors is None:
+            fixed.tumors = Tumors.found(self.network.segment(fixed.codes), fixed.grid, self.threads)
+        return fixed.tumors
 
     def _affine(self, moving: Case, fixed: Case, wanted: str) -> tuple[FloatArray, dict[str, Any] | None]:
         if wanted == "off":
@@ -355,11 +356,11 @@ def _jacobian_summary(jacobian: Array, brain: Mask, labels: npt.NDArray[np.uint8
 def _similarity(
     moving: NetworkInput,
     fixed: NetworkInput,
-    stages: Mapping[str, Array],
+    moved: Array,
     probabilities: Array | None,
     channels: Sequence[str],
 ) -> dict[str, Any] | None:
-    """Correlation with the fixed image inside its brain and outside the tumour, after the affine and each stage."""
+    """Correlation with the fixed image inside its brain and outside the tumour, after the affine and after all."""
     shared = [i for i in range(len(channels)) if moving.present[i] and fixed.present[i]]
     if not shared:
         return None
@@ -378,5 +379,5 @@ def _similarity(
         "measure": "correlation",
         "modality": channels[index],
         "before": correlation(moving.tensor[0, index]),
-        **{stage: correlation(moved[index]) for stage, moved in stages.items()},
+        "after": correlation(moved[index]),
     }

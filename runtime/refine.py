@@ -25,9 +25,9 @@ from jrs.resources import DATA
 from jrs.runtime.affine import foreground_box
 from jrs.runtime.cases import Case
 from jrs.runtime.engines import EngineOptions, open_engine
-from jrs.runtime.lesions import Lesions
 from jrs.runtime.sampling import affine_coords, resample_affine
 from jrs.runtime.transform import Transform, to_voxel_coords
+from jrs.runtime.tumors import HALF_DIAGONAL, Tumors
 from jrs.volume import Volume, foreground_mask
 
 Array = npt.NDArray[np.float32]
@@ -47,7 +47,7 @@ class Level:
     step: float = 1.0
 
 
-LEVELS = (Level(4.0, 3, 1.7, 0.7), Level(2.0, 2, 0.8, 0.35), Level(4.0 / 3.0, 1, 0.8, 0.35))
+LEVELS = (Level(4.0, 3, 1.7, 0.7), Level(2.0, 2, 1.0, 0.4), Level(4.0 / 3.0, 1, 0.8, 0.35))
 """Coarse to fine. The coarse level is stiff, because what it gets wrong the others do not mend."""
 _MARGIN_MM = 6.0
 _WORTHWHILE = 0.6
@@ -77,15 +77,15 @@ class Refined:
 
 @dataclass(frozen=True, eq=False)
 class Pyramid:
-    """One image on the grid of each level of a pair: ``images`` (1,C,X,Y,Z), unit variance, the lesions blank.
+    """One image on the grid of each level of a pair: ``images`` (1,C,X,Y,Z), unit variance, the tumors blank.
 
-    ``lesions`` lie in the space of the grids, before any displacement; ``sources`` are the grids of the files.
+    ``tumors`` lie in the space of the grids, before any displacement; ``sources`` are the grids of the files.
     """
 
     levels: tuple[Level, ...]
     grids: tuple[Geometry, ...]
     images: tuple[Array, ...]
-    lesions: Lesions
+    tumors: Tumors
     sources: tuple[Geometry, ...]
     affine: FloatArray
     modalities: tuple[str, ...]
@@ -124,7 +124,7 @@ def pyramid(
     levels: tuple[Level, ...],
     grids: tuple[Geometry, ...],
     affine: FloatArray,
-    lesions: Lesions,
+    tumors: Tumors,
     threads: int | None = None,
 ) -> Pyramid:
     """Bring ``modalities`` of an image onto the grids through ``affine`` (grid to image, RAS mm)."""
@@ -139,24 +139,26 @@ def pyramid(
             parts = [resample_affine(v.data[None], v.geometry, grid, affine, threads=threads) for v in volumes]
             data = np.concatenate(parts)
         finer = grid, data
-        compared = None if lesions.mask is None else lesions.weights_at(affine_coords(grid.shape, grid.affine))
-        sampled.append(np.stack([_standardized(channel, compared) for channel in data])[None])
+        blank = None
+        if tumors.mask is not None:
+            blank = tumors.blank_at(affine_coords(grid.shape, grid.affine), grid.spacing[0])
+        sampled.append(np.stack([_standardized(channel, blank) for channel in data])[None])
     sources = tuple(dict.fromkeys(images[name].geometry for name in modalities))
-    return Pyramid(levels, grids, tuple(reversed(sampled)), lesions, sources, affine, tuple(modalities))
+    return Pyramid(levels, grids, tuple(reversed(sampled)), tumors, sources, affine, tuple(modalities))
 
 
-def _standardized(data: Array, compared: Array | None) -> Array:
-    """Mean 0 and deviation 1 over the brain; where nothing is compared, nothing is left of the image."""
-    mask = foreground_mask(data)
-    if compared is not None:
-        mask &= compared == 1.0
+def _standardized(data: Array, blank: npt.NDArray[np.bool_] | None) -> Array:
+    """Mean 0 and deviation 1 over the brain, its mean where it is blank, with no look at what was there."""
+    mask = foreground_mask(data if blank is None else np.where(blank, np.float32(0.0), data))
     values = data[mask]
     deviation = float(values.std(dtype=np.float64)) if values.size else 0.0
     if deviation == 0.0:
+        if blank is not None and foreground_mask(data).any():
+            return np.zeros_like(data)  # a tumour everywhere leaves nothing to compare, but is no fault of the image's
         raise BadDataError("nothing but background lies around the fixed image's brain; check the alignment (--affine)")
     standard: Array = ((data - np.float32(values.mean(dtype=np.float64))) / np.float32(deviation)).astype(np.float32)
-    if compared is not None:
-        standard[compared == 0.0] = 0.0
+    if blank is not None:
+        standard[blank] = 0.0
     return standard
 
 
@@ -168,8 +170,8 @@ class Refiner:
 
     def refine_case(
         self,
-        moving: tuple[Case, Lesions],
-        fixed: tuple[Case, Lesions],
+        moving: tuple[Case, Tumors],
+        fixed: tuple[Case, Tumors],
         affine: FloatArray,
         start: DisplacementField,
         iterations: int,
@@ -222,30 +224,31 @@ class Refiner:
                 done.append(int(result["done"]))
                 before, after = (float(value) for value in result["similarity"])
                 field = DisplacementField.from_voxels(result["refined"][0], grid)
-                field = DisplacementField(moving.lesions.stiffened(field.vectors_mm, grid), grid)
+                field = DisplacementField(moving.tumors.stiffened(field.vectors_mm, grid), grid)
         spacings = tuple(level.spacing_mm for level in fixed.levels)
         return Refined(field, before, after, tuple(done), spacings, moving.modalities)
 
 
 def _weights(moving: Pyramid, fixed: Pyramid, u_mm: Array, grid: Geometry) -> Array:
-    """What to compare, (X,Y,Z): inside both images, outside the lesions of both."""
+    """What to compare, (X,Y,Z): inside both images, outside the tumours of both."""
     points = affine_coords(grid.shape, grid.affine)
-    weights = fixed.lesions.weights_at(points)
-    for source in fixed.sources:
-        weights *= _inside(points, source, fixed.affine)
-    points += u_mm
-    weights *= moving.lesions.weights_at(points)
-    for source in moving.sources:
-        weights *= _inside(points, source, moving.affine)
+    weights = np.ones(grid.shape, dtype=np.float32)
+    for image in (fixed, moving):
+        weights *= image.tumors.weights_at(points, grid.spacing[0])
+        for source in image.sources:
+            weights *= _inside(points, Geometry(source.shape, np.linalg.inv(image.affine) @ source.affine), grid)
+        # The moving image's points; the loop ends there.
+        points += u_mm
     return weights
 
 
-def _inside(points: Array, source: Geometry, affine: FloatArray) -> npt.NDArray[np.bool_]:
-    """Which points, brought to the image by ``affine``, lie on its grid."""
-    coords = to_voxel_coords(points, Geometry(source.shape, np.linalg.inv(affine) @ source.affine))
+def _inside(points: Array, source: Geometry, grid: Geometry) -> npt.NDArray[np.bool_]:
+    """Which points lie so far inside ``source`` that what ``grid`` has there, and differences, know no edge."""
+    coords = to_voxel_coords(points, source)
     inside = np.ones(points.shape[1:], dtype=bool)
     for axis, n in enumerate(source.shape):
-        inside &= (coords[axis] >= -0.5) & (coords[axis] <= n - 0.5)
+        margin = (HALF_DIAGONAL + 1.0) * grid.spacing[0] / source.spacing[axis] - 0.5
+        inside &= (coords[axis] >= margin) & (coords[axis] <= n - 1 - margin)
     return inside
 
 

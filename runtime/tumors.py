@@ -21,16 +21,20 @@ _CLOSED_MM = 4.0
 """Gaps in a lesion up to twice as wide belong to it."""
 _MARGIN_MM = 2.0
 """So far around a lesion everything is treated as lesion."""
-_COMPARED_MM = 6.0
-"""From this distance on images are compared in full."""
+_FADING_MM = 4.0
+"""Within this distance more the comparison comes in."""
 _FREE_MM = 14.0
 """From this distance on the surroundings deform freely."""
 _SMALLEST_ML = 0.5
 """Smaller lesions are not compared but deform with their surroundings."""
+_PASSES = 2
+_FAR_MM = 1e6
+HALF_DIAGONAL = 0.87
+"""Of a voxel, in its sides: so far a point shines by averaging."""
 
 
 @dataclass(frozen=True, eq=False)
-class Lesions:
+class Tumors:
     """Lesions (X,Y,Z) on a grid, closed; ``mask`` None or empty if there are none."""
 
     mask: Mask | None
@@ -38,14 +42,14 @@ class Lesions:
     threads: int | None = None
 
     @staticmethod
-    def found(probabilities: Array | None, grid: Geometry, threads: int | None = None) -> Lesions:
+    def found(probabilities: Array | None, grid: Geometry, threads: int | None = None) -> Tumors:
         """From class probabilities (K,X,Y,Z), background first; None if nothing was segmented."""
         mask = None if probabilities is None else probabilities.argmax(axis=0) > 0
         if mask is None or not mask.any():
-            return Lesions(None, grid, threads)
+            return Tumors(None, grid, threads)
         # Closed: what lies no deeper inside the grown lesion than it has grown.
         grown = _distance_mm(mask, grid) <= _CLOSED_MM
-        return Lesions(mask | (_distance_mm(~grown, grid) > _CLOSED_MM), grid, threads)
+        return Tumors(mask | (_distance_mm(~grown, grid) > _CLOSED_MM), grid, threads)
 
     @cached_property
     def distance_mm(self) -> Array | None:
@@ -61,13 +65,21 @@ class Lesions:
         parts = [part for part in _components(self.mask) if part.sum() >= smallest]
         return [1.0 - _ramp(_distance_mm(part, self.grid), _MARGIN_MM, _FREE_MM) for part in parts]
 
-    def weights_at(self, points_ras: Array) -> Array:
-        """How much to compare at points (3,x,y,z): 0 in lesions, 1 away from them, (x,y,z)."""
+    def blank_at(self, points_ras: Array, voxel_mm: float) -> Mask:
+        """Where voxels of that size at points (3,x,y,z) may show something of a lesion, (x,y,z)."""
+        return self._distance_at(points_ras) <= _MARGIN_MM + HALF_DIAGONAL * voxel_mm
+
+    def weights_at(self, points_ras: Array, voxel_mm: float) -> Array:
+        """How much to compare there: 0 where it is blank and so near that differences reach it, 1 further away."""
+        low = _MARGIN_MM + (HALF_DIAGONAL + 1.0) * voxel_mm
+        return _ramp(self._distance_at(points_ras), low, low + _FADING_MM)
+
+    def _distance_at(self, points_ras: Array) -> Array:
         if self.distance_mm is None:
-            return np.ones(points_ras.shape[1:], dtype=np.float32)
-        far = _ramp(self.distance_mm, _MARGIN_MM, _COMPARED_MM)[None]
-        weights: Array = sample(far, to_voxel_coords(points_ras, self.grid), 1.0, self.threads)[0]
-        return weights
+            return np.full(points_ras.shape[1:], _FAR_MM, dtype=np.float32)
+        coords = to_voxel_coords(points_ras, self.grid)
+        distance: Array = sample(self.distance_mm[None], coords, _FAR_MM, self.threads)[0]
+        return distance
 
     def stiffened(self, u_mm: Array, grid: Geometry) -> Array:
         """u (3,X,Y,Z) mm on ``grid``, made a rigid motion in every lesion, where x + u(x) is a lesion's point.
@@ -83,10 +95,13 @@ class Lesions:
             affine = grid.affine.copy()
             affine[:3, 3] = corner
             x = affine_coords(tuple(p.stop - p.start for p in box), affine)
-            u = out[(slice(None), *box)]
-            s = sample(stiff[None], to_voxel_coords(x + u, self.grid), 0.0, self.threads)[0]
-            if float(s.sum()) > 1.0:
-                out[(slice(None), *box)] = u + s * (_rigid(x, u, s) - u)
+            u = out[(slice(None), *box)].copy()
+            # What lies in the lesion depends on the motion in turn.
+            for _ in range(_PASSES):
+                coords = to_voxel_coords(x + out[(slice(None), *box)], self.grid)
+                s = sample(stiff[None], coords, 0.0, self.threads)[0]
+                if float(s.sum()) > 1.0:
+                    out[(slice(None), *box)] = u + s * (_rigid(x, u, s) - u)
         return out
 
 
@@ -147,7 +162,7 @@ def _image(mask: Mask, spacing: Sequence[float]) -> tuple[Any, Any]:
 def _distance_mm(mask: Mask, grid: Geometry) -> Array:
     """Distance of each voxel to the nearest one of ``mask``, 0 inside; far if the mask is empty."""
     if not mask.any():
-        return np.full(mask.shape, 1e6, dtype=np.float32)
+        return np.full(mask.shape, _FAR_MM, dtype=np.float32)
     sitk, image = _image(mask, grid.spacing)
     distance = sitk.SignedMaurerDistanceMap(image, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
     array: Array = np.maximum(sitk.GetArrayFromImage(distance).transpose(2, 1, 0), 0.0).astype(np.float32)
