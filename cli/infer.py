@@ -47,6 +47,9 @@ def infer(
         ),
     ] = "bundle",
     inverse: Annotated[bool, typer.Option("--inverse/--no-inverse", help="Write the inverse field.")] = True,
+    refine: Annotated[
+        int, typer.Option("--refine", min=0, help="Iterations on this pair at the finest level; 0: the network alone.")
+    ] = 4,
     backend: Annotated[str, typer.Option("--backend", help="auto, openvino or ort-cpu.")] = "auto",
     precision: Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
@@ -68,6 +71,7 @@ def infer(
         segment=seg,
         inverse=inverse,
         label_scheme=label_scheme,
+        refine=refine,
         keep_clear_of=None if overwrite else out,
     )
     with Pipeline.open(bundle, backend, precision, threads) as pipeline, status() as say:

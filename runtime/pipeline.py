@@ -18,7 +18,7 @@ from jrs.errors import ConfigurationError, UsageError
 from jrs.fields import DisplacementField, jacobian_determinant
 from jrs.files import refuse_existing
 from jrs.geometry import FloatArray, Geometry
-from jrs.resources import atlas_path
+from jrs.resources import DATA, atlas_path
 from jrs.runtime.affine import judge_affine, register_affine
 from jrs.runtime.bids import refuse_raw
 from jrs.runtime.cases import Case, load_case
@@ -27,10 +27,12 @@ from jrs.runtime.measures import jacobian_summary, similarity, volume_verdict, v
 from jrs.runtime.names import atlas_label, output_names
 from jrs.runtime.network import Codes, Network
 from jrs.runtime.preprocess import NetworkInput, network_input, place_grid
+from jrs.runtime.refine import DEFAULT_ITERATIONS, Pyramid, Refiner
 from jrs.runtime.results import Result
 from jrs.runtime.sampling import affine_coords, sample, slabs
 from jrs.runtime.transform import Transform, to_voxel_coords
 from jrs.runtime.transform_files import load_affine
+from jrs.runtime.tumors import Tumors
 
 Array = npt.NDArray[np.float32]
 
@@ -41,8 +43,9 @@ class InferOptions:
 
     ``affine``: ``auto`` (12 parameters), ``rigid``, ``off`` (the images share a space), or an ITK affine file.
     ``segment``, ``inverse``: whether to make the labels and the inverse field. ``label_scheme``: what the labels
-    are written as, ``brats2018`` (enhancing 4), ``brats2023`` (enhancing 3) or the bundle's own. ``keep_clear_of``:
-    stop before the work if this folder holds the case's results for this atlas already.
+    are written as, ``brats2018`` (enhancing 4), ``brats2023`` (enhancing 3) or the bundle's own. ``refine``:
+    iterations of the refinement at its finest level, 0 for none. ``keep_clear_of``: stop before the work if this
+    folder holds the case's results for this atlas already.
     """
 
     modality: str | None = None
@@ -52,10 +55,11 @@ class InferOptions:
     segment: bool = True
     inverse: bool = True
     label_scheme: str = OWN_SCHEME
+    refine: int = DEFAULT_ITERATIONS
     keep_clear_of: Path | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class FixedImage:
     """An atlas, encoded: what every case registered to it can share."""
 
@@ -64,6 +68,19 @@ class FixedImage:
     grid: Geometry
     input: NetworkInput
     codes: Codes
+    healthy: bool
+    tumors: Tumors | None = None
+    pyramids: dict[Any, Pyramid] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Deformation:
+    """u; the moving image's channels moved by it on the network's grid (C,X,Y,Z); what refining did, if anything."""
+
+    displacement: DisplacementField
+    moved: Array
+    refinement: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -94,6 +111,8 @@ class Pipeline:
         self.network, self.threads = network, threads
         self.progress: Callable[[str], None] = lambda stage: None
         self._fixed: dict[str, FixedImage] = {}
+        orientation = network.bundle.manifest.model.grid.orientation
+        self.refiner = Refiner(network.backend, orientation, threads)
 
     @staticmethod
     def open(
@@ -166,10 +185,9 @@ class Pipeline:
         if options.segment and spec.architecture.segmentation:
             with clock.stage("segmentation"):
                 probabilities = self.network.segment(codes)
-        with clock.stage("registration"):
-            registered = self.network.register(inputs.tensor, codes, fixed.codes)
-        displacement = DisplacementField.from_voxels(registered.displacement[0], fixed.grid)
-        transform = Transform(affine, displacement, self.threads)
+        found = self._deformation(moving, fixed, inputs, codes, probabilities, affine, options.refine, clock)
+        warnings += found.notes
+        transform = Transform(affine, found.displacement, self.threads)
         sampler = None
         if probabilities is not None:
             sampler = LabelSampler(probabilities, fixed.grid, values, self.threads)
@@ -197,7 +215,7 @@ class Pipeline:
                 }
             verdict = volume_verdict(volumes)
             summary = jacobian_summary(jacobian, measured.fixed.foreground(), labels_moved)
-            likeness = similarity(inputs, fixed.input, registered.moved[0], probabilities, spec.channels)
+            likeness = similarity(inputs, fixed.input, found.moved, probabilities, spec.channels)
             warnings += warnings_of(summary, likeness, verdict)
         clock.seconds["total"] = time.perf_counter() - start
         return Result(
@@ -221,10 +239,38 @@ class Pipeline:
             volume_verdict=verdict,
             jacobian_summary=summary,
             similarity=likeness,
+            refinement=found.refinement,
             affine_quality=quality,
             timings_s=clock.seconds,
             warnings=tuple(warnings),
         )
+
+    def _deformation(
+        self,
+        moving: Case,
+        fixed: FixedImage,
+        inputs: NetworkInput,
+        codes: Codes,
+        probabilities: Array | None,
+        affine: FloatArray,
+        iterations: int,
+        clock: _Clock,
+    ) -> _Deformation:
+        """The network's displacement, refined on the pair where iterations are asked for."""
+        with clock.stage("registration"):
+            registered = self.network.register(inputs.tensor, codes, fixed.codes)
+        displacement = DisplacementField.from_voxels(registered.displacement[0], fixed.grid)
+        if not iterations:
+            return _Deformation(displacement, registered.moved[0])
+        with clock.stage("refinement"):
+            tumors = Tumors.found(probabilities, fixed.grid, self.threads)
+            images = (moving, tumors), (fixed.case, self._tumors(probabilities, fixed))
+            refined, notes = self.refiner.refine_case(*images, affine, displacement, iterations, fixed.pyramids)
+            channels = self.network.bundle.manifest.model.channels
+            network = similarity(inputs, fixed.input, registered.moved[0], probabilities, channels)
+            record = {**refined.summary(), "similarity_before": network and network["after"]}
+            moved = _moved_again(inputs.tensor[0], refined.displacement, fixed.grid, self.threads)
+        return _Deformation(refined.displacement, moved, record, tuple(notes))
 
     def _fixed_image(self, path: Path, label: str, clock: _Clock) -> FixedImage:
         stamp = path.stat()
@@ -237,8 +283,16 @@ class Pipeline:
                 grid = place_grid(spec.grid, next(iter(case.images.values())))
                 inputs = network_input(case.images, spec, grid, threads=self.threads, whose=f"the atlas {path}")
                 codes = self.network.encode(inputs.tensor)
-            self._fixed[key] = FixedImage(label, case, grid, inputs, codes)
+            self._fixed[key] = FixedImage(label, case, grid, inputs, codes, path.parent == DATA / "atlases")
         return self._fixed[key]
+
+    def _tumors(self, probabilities: Array | None, fixed: FixedImage) -> Tumors:
+        """What to leave out of the fixed image; an atlas that ships with jrs is healthy."""
+        if probabilities is None or fixed.healthy:
+            return Tumors(None, fixed.grid)
+        if fixed.tumors is None:
+            fixed.tumors = Tumors.found(self.network.segment(fixed.codes), fixed.grid, self.threads)
+        return fixed.tumors
 
     def _affine(
         self, moving: Case, fixed: Case, wanted: str
@@ -264,6 +318,14 @@ class Pipeline:
             "foreground_overlap_after": round(after.overlap, 4),
         }
         return matrix, quality, () if warning is None else (warning,)
+
+
+def _moved_again(images: Array, displacement: DisplacementField, grid: Geometry, threads: int | None) -> Array:
+    """``images`` (C,X,Y,Z) on the network's grid, moved by a displacement that lies on another."""
+    moved = np.empty_like(images)
+    for planes, points, _ in Transform(np.eye(4), displacement, threads).forward(grid):
+        moved[:, planes] = sample(images, to_voxel_coords(points, grid), None, threads)
+    return moved
 
 
 class _Measured:

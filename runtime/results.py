@@ -77,6 +77,7 @@ class Result:
     volume_verdict: Mapping[str, Any] | None = None
     jacobian_summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     similarity: Mapping[str, Any] | None = None
+    refinement: Mapping[str, Any] | None = None
     affine_quality: Mapping[str, Any] | None = None
     timings_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -151,6 +152,7 @@ class Result:
             "volume_verdict": _rounded(self.volume_verdict),
             "jacobian": _rounded(self.jacobian_summary),
             "similarity": self.similarity,
+            "refinement": self.refinement,
             "affine": self.transform.affine.tolist(),
             "affine_determinant": _rounded(float(np.linalg.det(self.transform.affine[:3, :3]))),
             "affine_quality": self.affine_quality,

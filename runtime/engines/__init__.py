@@ -28,7 +28,8 @@ _BACKENDS = {
     "ort-cpu": ("onnxruntime", "jrs.runtime.engines.onnxruntime", "OnnxRuntimeEngine"),
 }
 # The custom op needs a backend that runs a function's body.
-_TRANSFORMER_BACKEND = "ort-cpu"
+_SAMPLING_BACKEND = "ort-cpu"
+_SAMPLING_GRAPHS = ("transformer", "refinement")
 
 
 def available_backends() -> list[str]:
@@ -59,9 +60,9 @@ def choose_backend(name: str = "auto", precision: str = "auto") -> tuple[str, st
 
 
 def open_engine(graph: Path, kind: str, backend: str, options: EngineOptions) -> Engine:
-    """Load a bundle's graph; ``kind`` is its name in the manifest, ``backend`` one that ``choose_backend`` gave."""
-    if kind == "transformer":
-        backend, options = _TRANSFORMER_BACKEND, EngineOptions("fp32", options.threads)
+    """Load a graph: ``kind`` is its name in a manifest or ``refinement``, ``backend`` as ``choose_backend`` gave it."""
+    if kind in _SAMPLING_GRAPHS:
+        backend, options = _SAMPLING_BACKEND, EngineOptions("fp32", options.threads)
     _, module, name = _BACKENDS[backend]
     engine: Engine = getattr(importlib.import_module(module), name)(graph, options)
     return engine

@@ -1,0 +1,267 @@
+"""Iterative refinement of a displacement on the pair of images it belongs to.
+
+Each level maximises the squared local correlation of the moved with the fixed image by steepest ascent: the
+analytic force, smoothed, moves the field by composition, and the field is smoothed in turn (Avants et al. 2008,
+doi 10.1016/j.media.2007.06.004; Yushkevich et al. 2016, ``greedy``). The arithmetic is one ONNX graph with a
+loop inside, made by ``jrs.export.refinement``; ``docs/refinement.md`` has the equations and what was measured.
+
+Tumours take no part: nothing inside them is compared, and they move as rigid bodies, so that the deformation
+neither shrinks nor swells them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jrs.errors import BadDataError
+from jrs.fields import DisplacementField
+from jrs.geometry import FloatArray, Geometry
+from jrs.resources import DATA
+from jrs.runtime.affine import foreground_box
+from jrs.runtime.cases import Case
+from jrs.runtime.engines import EngineOptions, open_engine
+from jrs.runtime.sampling import affine_coords, resample_affine
+from jrs.runtime.transform import Transform, to_voxel_coords
+from jrs.runtime.tumors import HALF_DIAGONAL, Tumors
+from jrs.volume import Volume, foreground_mask
+
+Array = npt.NDArray[np.float32]
+
+GRAPH = DATA / "graphs" / "refine.onnx"
+DEFAULT_ITERATIONS = 4
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution: ``share`` iterations for each one at the finest level; deviations and step in voxels."""
+
+    spacing_mm: float
+    share: int
+    update_deviation: float
+    field_deviation: float
+    step: float = 1.0
+
+
+LEVELS = (Level(4.0, 3, 1.7, 0.7), Level(2.0, 2, 1.0, 0.4), Level(4.0 / 3.0, 1, 0.8, 0.35))
+"""Coarse to fine. The coarse level is stiff, because what it gets wrong the others do not mend."""
+_MARGIN_MM = 6.0
+_WORTHWHILE = 0.6
+"""A level whose voxels are smaller than this part of the images' own is left out."""
+
+
+@dataclass(frozen=True)
+class Refined:
+    """``displacement`` on the finest level's grid; mean squared local correlation there before and after."""
+
+    displacement: DisplacementField
+    similarity_before: float
+    similarity_after: float
+    iterations: tuple[int, ...]
+    spacings_mm: tuple[float, ...]
+    modalities: tuple[str, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "modalities": list(self.modalities),
+            "levels_mm": [round(spacing, 3) for spacing in self.spacings_mm],
+            "iterations": list(self.iterations),
+            "local_correlation": {"before": round(self.similarity_before, 4), "after": round(self.similarity_after, 4)},
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Pyramid:
+    """One image on the grid of each level of a pair: ``images`` (1,C,X,Y,Z), unit variance, the tumors blank.
+
+    ``tumors`` lie in the space of the grids, before any displacement; ``sources`` are the grids of the files.
+    """
+
+    levels: tuple[Level, ...]
+    grids: tuple[Geometry, ...]
+    images: tuple[Array, ...]
+    tumors: Tumors
+    sources: tuple[Geometry, ...]
+    affine: FloatArray
+    modalities: tuple[str, ...]
+
+
+def level_grids(moving: Volume, fixed: Volume, orientation: str) -> tuple[tuple[Level, ...], tuple[Geometry, ...]]:
+    """The levels worth having for two images, coarse to fine, and their grids around the fixed image's brain."""
+    lower, upper = foreground_box(fixed)
+    center, extent = (lower + upper) / 2.0, upper - lower + 2.0 * _MARGIN_MM
+    native = max(float(np.cbrt(np.prod(volume.geometry.spacing))) for volume in (fixed, moving))
+    levels = tuple(level for level in LEVELS if level.spacing_mm >= _WORTHWHILE * native) or LEVELS[:1]
+    # The sides of the world's axes in the order of the array's, and even: a coarser grid can hold voxels two by two.
+    axes = [next(i for i, pair in enumerate(("RL", "AP", "SI")) if letter in pair) for letter in orientation]
+    grids: list[Geometry] = []
+    for level in reversed(levels):
+        if grids and np.isclose(level.spacing_mm, 2.0 * grids[-1].spacing[0]):
+            grids.append(_halved(grids[-1]))
+            continue
+        a, b, c = (2 * int(np.ceil(extent[axis] / (2.0 * level.spacing_mm))) for axis in axes)
+        grids.append(Geometry.aligned((a, b, c), (level.spacing_mm,) * 3, center, orientation))
+    return levels, tuple(reversed(grids))
+
+
+def _halved(grid: Geometry) -> Geometry:
+    """The grid whose voxels are eight of this one's."""
+    a, b, c = (n // 2 for n in grid.shape)
+    affine = grid.affine.copy()
+    affine[:3, :3] *= 2.0
+    affine[:3, 3] = grid.to_ras((0.5, 0.5, 0.5))
+    return Geometry((a, b, c), affine)
+
+
+def pyramid(
+    images: Mapping[str, Volume],
+    modalities: Sequence[str],
+    levels: tuple[Level, ...],
+    grids: tuple[Geometry, ...],
+    affine: FloatArray,
+    tumors: Tumors,
+    threads: int | None = None,
+) -> Pyramid:
+    """Bring ``modalities`` of an image onto the grids through ``affine`` (grid to image, RAS mm)."""
+    volumes = [images[name] for name in modalities]
+    finer: tuple[Geometry, Array] | None = None
+    sampled = []
+    for grid in reversed(grids):
+        if finer is not None and grid.is_close_to(_halved(finer[0])):
+            a, b, c = grid.shape
+            data = finer[1][:, : 2 * a, : 2 * b, : 2 * c].reshape(-1, a, 2, b, 2, c, 2).mean(axis=(2, 4, 6))
+        else:
+            parts = [resample_affine(v.data[None], v.geometry, grid, affine, threads=threads) for v in volumes]
+            data = np.concatenate(parts)
+        finer = grid, data
+        blank = None
+        if tumors.mask is not None:
+            blank = tumors.blank_at(affine_coords(grid.shape, grid.affine), grid.spacing[0])
+        sampled.append(np.stack([_standardized(channel, blank) for channel in data])[None])
+    sources = tuple(dict.fromkeys(images[name].geometry for name in modalities))
+    return Pyramid(levels, grids, tuple(reversed(sampled)), tumors, sources, affine, tuple(modalities))
+
+
+def _standardized(data: Array, blank: npt.NDArray[np.bool_] | None) -> Array:
+    """Mean 0 and deviation 1 over the brain, its mean where it is blank, with no look at what was there."""
+    mask = foreground_mask(data if blank is None else np.where(blank, np.float32(0.0), data))
+    values = data[mask]
+    deviation = float(values.std(dtype=np.float64)) if values.size else 0.0
+    if deviation == 0.0:
+        if blank is not None and foreground_mask(data).any():
+            return np.zeros_like(data)  # a tumour everywhere leaves nothing to compare, but is no fault of the image's
+        raise BadDataError("nothing but background lies around the fixed image's brain; check the alignment (--affine)")
+    standard: Array = ((data - np.float32(values.mean(dtype=np.float64))) / np.float32(deviation)).astype(np.float32)
+    if blank is not None:
+        standard[blank] = 0.0
+    return standard
+
+
+class Refiner:
+    """The refinement on one backend; grids have their axes along ``orientation``."""
+
+    def __init__(self, backend: str, orientation: str = "RAS", threads: int | None = None) -> None:
+        self.backend, self.orientation, self.threads = backend, orientation, threads
+
+    def refine_case(
+        self,
+        moving: tuple[Case, Tumors],
+        fixed: tuple[Case, Tumors],
+        affine: FloatArray,
+        start: DisplacementField,
+        iterations: int,
+        known: dict[Any, Pyramid] | None = None,
+    ) -> tuple[Refined, list[str]]:
+        """Improve ``start`` on the modalities that both cases have; and what the user should know.
+
+        Without a shared modality the first of each are compared: squared correlation also holds where one image
+        is bright and the other dark. ``known`` keeps the fixed image's pyramids from case to case.
+        """
+        notes = []
+        ours = theirs = [name for name in moving[0].images if name in fixed[0].images]
+        if not ours:
+            ours, theirs = list(moving[0].images)[:1], list(fixed[0].images)[:1]
+            notes.append(f"no modality is shared: refined by comparing moving {ours[0]} with fixed {theirs[0]}")
+        first = moving[0].images[ours[0]], fixed[0].images[theirs[0]]
+        levels, grids = level_grids(*first, self.orientation)
+        known = {} if known is None else known
+        key = (levels, tuple(theirs), fixed[1].mask is None)
+        if key not in known:
+            known[key] = pyramid(fixed[0].images, theirs, levels, grids, np.eye(4), fixed[1], self.threads)
+        images = pyramid(moving[0].images, ours, levels, grids, affine, moving[1], self.threads)
+        return self.refine(images, known[key], start, iterations), notes
+
+    def refine(self, moving: Pyramid, fixed: Pyramid, start: DisplacementField, iterations: int) -> Refined:
+        """Improve ``start``, ``iterations`` times at the finest level and a multiple of it at each coarser one.
+
+        Both pyramids have the same grids; ``start`` may lie on any. Where the result has no grid it fades as
+        ``Transform`` says.
+        """
+        field, done = start, []
+        options = EngineOptions("fp32", self.threads)
+        # Opened anew each time, so that the memory it worked in is given back.
+        with open_engine(GRAPH, "refinement", self.backend, options) as engine:
+            for index, (level, grid) in enumerate(zip(fixed.levels, fixed.grids, strict=True)):
+                u_mm = _on_grid(field, grid, self.threads)
+                linear = np.linalg.inv(grid.affine[:3, :3]).astype(np.float32)
+                result = engine(
+                    {
+                        "fixed": fixed.images[index],
+                        "moving": moving.images[index],
+                        "weights": _weights(moving, fixed, u_mm, grid)[None, None],
+                        "displacement": np.einsum("iw,wxyz->ixyz", linear, u_mm)[None],
+                        "update_kernel": gaussian(level.update_deviation),
+                        "field_kernel": gaussian(level.field_deviation),
+                        "step": np.array(level.step, dtype=np.float32),
+                        "iterations": np.array(iterations * level.share, dtype=np.float32),
+                    }
+                )
+                done.append(int(result["done"]))
+                before, after = (float(value) for value in result["similarity"])
+                field = DisplacementField.from_voxels(result["refined"][0], grid)
+                field = DisplacementField(moving.tumors.stiffened(field.vectors_mm, grid), grid)
+        spacings = tuple(level.spacing_mm for level in fixed.levels)
+        return Refined(field, before, after, tuple(done), spacings, moving.modalities)
+
+
+def _weights(moving: Pyramid, fixed: Pyramid, u_mm: Array, grid: Geometry) -> Array:
+    """What to compare, (X,Y,Z): inside both images, outside the tumours of both."""
+    points = affine_coords(grid.shape, grid.affine)
+    weights = np.ones(grid.shape, dtype=np.float32)
+    for image in (fixed, moving):
+        weights *= image.tumors.weights_at(points, grid.spacing[0])
+        for source in image.sources:
+            weights *= _inside(points, Geometry(source.shape, np.linalg.inv(image.affine) @ source.affine), grid)
+        # The moving image's points; the loop ends there.
+        points += u_mm
+    return weights
+
+
+def _inside(points: Array, source: Geometry, grid: Geometry) -> npt.NDArray[np.bool_]:
+    """Which points lie so far inside ``source`` that what ``grid`` has there, and differences, know no edge."""
+    coords = to_voxel_coords(points, source)
+    inside = np.ones(points.shape[1:], dtype=bool)
+    for axis, n in enumerate(source.shape):
+        margin = (HALF_DIAGONAL + 1.0) * grid.spacing[0] / source.spacing[axis] - 0.5
+        inside &= (coords[axis] >= margin) & (coords[axis] <= n - 1 - margin)
+    return inside
+
+
+def _on_grid(field: DisplacementField, grid: Geometry, threads: int | None) -> Array:
+    """The field, faded beyond its own grid, at the voxels of another: (3,X,Y,Z) mm."""
+    transform = Transform(np.eye(4), field, threads)
+    return transform.displaced(transform.field, grid, 0, grid.shape[0])
+
+
+def gaussian(deviation: float) -> Array:
+    """Samples of a Gaussian out to three deviations, odd in number, summing to 1."""
+    radius = max(1, int(np.ceil(3.0 * deviation)))
+    x = np.arange(-radius, radius + 1)
+    samples = np.exp(-0.5 * (x / deviation) ** 2)
+    kernel: Array = (samples / samples.sum()).astype(np.float32)
+    return kernel

@@ -1,0 +1,175 @@
+"""Predicted tumours as the refinement sees them: what it must not compare, and what must keep its volume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jrs.geometry import FloatArray, Geometry
+from jrs.runtime.sampling import affine_coords, sample
+from jrs.runtime.transform import to_voxel_coords
+
+Array = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+
+_CLOSED_MM = 4.0
+"""Gaps in a lesion up to twice as wide belong to it."""
+_MARGIN_MM = 2.0
+"""So far around a lesion everything is treated as lesion."""
+_FADING_MM = 4.0
+"""Within this distance more the comparison comes in."""
+_FREE_MM = 14.0
+"""From this distance on the surroundings deform freely."""
+_SMALLEST_ML = 0.5
+"""Smaller lesions are not compared but deform with their surroundings."""
+_PASSES = 2
+_FAR_MM = 1e6
+HALF_DIAGONAL = 0.87
+"""Of a voxel, in its sides: so far a point shines by averaging."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tumors:
+    """Lesions (X,Y,Z) on a grid, closed; ``mask`` None or empty if there are none."""
+
+    mask: Mask | None
+    grid: Geometry
+    threads: int | None = None
+
+    @staticmethod
+    def found(probabilities: Array | None, grid: Geometry, threads: int | None = None) -> Tumors:
+        """From class probabilities (K,X,Y,Z), background first; None if nothing was segmented."""
+        mask = None if probabilities is None else probabilities.argmax(axis=0) > 0
+        if mask is None or not mask.any():
+            return Tumors(None, grid, threads)
+        # Closed: what lies no deeper inside the grown lesion than it has grown.
+        grown = _distance_mm(mask, grid) <= _CLOSED_MM
+        return Tumors(mask | (_distance_mm(~grown, grid) > _CLOSED_MM), grid, threads)
+
+    @cached_property
+    def distance_mm(self) -> Array | None:
+        """Distance to the nearest lesion, (X,Y,Z); None without one."""
+        return None if self.mask is None else _distance_mm(self.mask, self.grid)
+
+    @cached_property
+    def _stiff(self) -> list[Array]:
+        """For each lesion that is not too small: 1 in it, smoothly 0 at some distance."""
+        if self.mask is None:
+            return []
+        smallest = _SMALLEST_ML / self.grid.voxel_volume_ml
+        parts = [part for part in _components(self.mask) if part.sum() >= smallest]
+        return [1.0 - _ramp(_distance_mm(part, self.grid), _MARGIN_MM, _FREE_MM) for part in parts]
+
+    def blank_at(self, points_ras: Array, voxel_mm: float) -> Mask:
+        """Where voxels of that size at points (3,x,y,z) may show something of a lesion, (x,y,z)."""
+        return self._distance_at(points_ras) <= _MARGIN_MM + HALF_DIAGONAL * voxel_mm
+
+    def weights_at(self, points_ras: Array, voxel_mm: float) -> Array:
+        """How much to compare there: 0 where it is blank and so near that differences reach it, 1 further away."""
+        low = _MARGIN_MM + (HALF_DIAGONAL + 1.0) * voxel_mm
+        return _ramp(self._distance_at(points_ras), low, low + _FADING_MM)
+
+    def _distance_at(self, points_ras: Array) -> Array:
+        if self.distance_mm is None:
+            return np.full(points_ras.shape[1:], _FAR_MM, dtype=np.float32)
+        coords = to_voxel_coords(points_ras, self.grid)
+        distance: Array = sample(self.distance_mm[None], coords, _FAR_MM, self.threads)[0]
+        return distance
+
+    def stiffened(self, u_mm: Array, grid: Geometry) -> Array:
+        """u (3,X,Y,Z) mm on ``grid``, made a rigid motion in every lesion, where x + u(x) is a lesion's point.
+
+        The motion is the one nearest to u; it goes over into u between ``_MARGIN_MM`` and ``_FREE_MM`` from the
+        lesion. A rigid motion has determinant 1: the affine alone decides what becomes of the volume.
+        """
+        out = u_mm.copy()
+        reach = float(np.abs(u_mm).max(initial=0.0))
+        for stiff in self._stiff:
+            box = _box(stiff > 0, self.grid, grid, reach)
+            corner = Geometry(grid.shape, grid.affine).to_ras([part.start for part in box])
+            affine = grid.affine.copy()
+            affine[:3, 3] = corner
+            x = affine_coords(tuple(p.stop - p.start for p in box), affine)
+            u = out[(slice(None), *box)].copy()
+            # What lies in the lesion depends on the motion in turn.
+            for _ in range(_PASSES):
+                coords = to_voxel_coords(x + out[(slice(None), *box)], self.grid)
+                s = sample(stiff[None], coords, 0.0, self.threads)[0]
+                if float(s.sum()) > 1.0:
+                    out[(slice(None), *box)] = u + s * (_rigid(x, u, s) - u)
+        return out
+
+
+def _rigid(x: Array, u: Array, weights: Array) -> Array:
+    """The rigid displacement of x (3,...) that is nearest to u (3,...) with ``weights``, to first order in u."""
+    w = weights.astype(np.float64)
+    w /= w.sum()
+    center, shift = ((w * values).sum(axis=(1, 2, 3)) for values in (x, u))
+    r = x - center.reshape(3, 1, 1, 1)
+    moments = np.einsum("xyz,axyz,bxyz->ab", w, r, r)
+    inertia = np.trace(moments) * np.eye(3) - moments
+    turning = (w * np.cross(r, u, axis=0)).sum(axis=(1, 2, 3))
+    turn = np.linalg.lstsq(inertia, turning, rcond=1e-6)[0]
+    turned = np.einsum("ab,bxyz->axyz", _rotation(turn) - np.eye(3), r)
+    motion: Array = (turned + shift.reshape(3, 1, 1, 1)).astype(np.float32)
+    return motion
+
+
+def _rotation(turn: FloatArray) -> FloatArray:
+    """Rodrigues' formula: 3x3 from axis times angle."""
+    angle = float(np.linalg.norm(turn))
+    if angle < 1e-12:
+        return np.eye(3)
+    a, b, c = turn / angle
+    cross = np.array([[0.0, -c, b], [c, 0.0, -a], [-b, a, 0.0]])
+    result: FloatArray = np.eye(3) + np.sin(angle) * cross + (1.0 - np.cos(angle)) * cross @ cross
+    return result
+
+
+def _box(region: Mask, source: Geometry, target: Geometry, reach_mm: float) -> tuple[slice, slice, slice]:
+    """The part of ``target`` from where ``reach_mm`` leads into ``region`` of ``source``."""
+    index = np.argwhere(region)
+    ends = np.stack([index.min(axis=0) - 1, index.max(axis=0) + 1])
+    corners = np.stack(np.meshgrid(*ends.T, indexing="ij"), axis=-1).reshape(-1, 3)
+    points = target.to_voxels(source.to_ras(corners))
+    more = reach_mm * np.sqrt(3.0) / np.array(target.spacing)
+    low = np.maximum(0, np.floor(points.min(axis=0) - more)).astype(int)
+    high = np.minimum(target.shape, np.ceil(points.max(axis=0) + more) + 1).astype(int)
+    a, b, c = (slice(int(i), max(int(i), int(j))) for i, j in zip(low, high, strict=True))
+    return a, b, c
+
+
+def _ramp(distance_mm: Array, low: float, high: float) -> Array:
+    """0 up to ``low``, 1 from ``high`` on, smooth between."""
+    t = np.clip((distance_mm - low) / (high - low), 0.0, 1.0)
+    ramp: Array = (t * t * (3.0 - 2.0 * t)).astype(np.float32)
+    return ramp
+
+
+def _image(mask: Mask, spacing: Sequence[float]) -> tuple[Any, Any]:
+    import SimpleITK as sitk
+
+    image = sitk.GetImageFromArray(mask.transpose(2, 1, 0).astype(np.uint8))
+    image.SetSpacing([float(s) for s in spacing])
+    return sitk, image
+
+
+def _distance_mm(mask: Mask, grid: Geometry) -> Array:
+    """Distance of each voxel to the nearest one of ``mask``, 0 inside; far if the mask is empty."""
+    if not mask.any():
+        return np.full(mask.shape, _FAR_MM, dtype=np.float32)
+    sitk, image = _image(mask, grid.spacing)
+    distance = sitk.SignedMaurerDistanceMap(image, insideIsPositive=False, squaredDistance=False, useImageSpacing=True)
+    array: Array = np.maximum(sitk.GetArrayFromImage(distance).transpose(2, 1, 0), 0.0).astype(np.float32)
+    return array
+
+
+def _components(mask: Mask) -> list[Mask]:
+    sitk, image = _image(mask, (1.0, 1.0, 1.0))
+    labels = sitk.GetArrayFromImage(sitk.ConnectedComponent(image, True)).transpose(2, 1, 0)
+    return [labels == index for index in range(1, int(labels.max()) + 1)]

@@ -1,0 +1,408 @@
+"""The refinement: its force against automatic differentiation, known deformations, tumours, engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from jrs.errors import BadDataError
+from jrs.fields import DisplacementField, jacobian_determinant
+from jrs.geometry import Geometry
+from jrs.runtime.cases import Case
+from jrs.runtime.engines import EngineOptions, available_backends, open_engine
+from jrs.runtime.pipeline import Pipeline
+from jrs.runtime.refine import GRAPH, LEVELS, Refined, Refiner, gaussian, level_grids
+from jrs.runtime.sampling import affine_coords
+from jrs.runtime.transform import Transform
+from jrs.runtime.tumors import Tumors
+from jrs.volume import Volume
+
+Array = np.ndarray[Any, Any]
+ONE = np.ones(1, dtype=np.float32)
+FLOOR = 2e-2  # of a window's variance, in images of unit variance
+
+
+@pytest.fixture(scope="module")
+def run() -> Callable[..., dict[str, Array]]:
+    """One level of the shipped graph; by default a single unsmoothed step from no displacement."""
+    engine = open_engine(GRAPH, "refinement", "ort-cpu", EngineOptions(threads=1))
+
+    def once(fixed: Array, moving: Array, weights: Array | None = None, **changes: Any) -> dict[str, Array]:
+        shape = fixed.shape[1:]
+        inputs: dict[str, Any] = {
+            "fixed": fixed[None],
+            "moving": moving[None],
+            "weights": (np.ones(shape) if weights is None else weights)[None, None],
+            "displacement": np.zeros((1, 3, *shape)),
+            "update_kernel": ONE,
+            "field_kernel": ONE,
+            "step": np.array(0.5),
+            "iterations": np.array(1.0),
+        } | changes
+        return engine({name: np.ascontiguousarray(value, dtype=np.float32) for name, value in inputs.items()})
+
+    return once
+
+
+def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], deviation: float = 1.5) -> Array:
+    """Unit variance."""
+    noise = np.stack([ndimage.gaussian_filter(rng.normal(size=shape[1:]), deviation) for _ in range(shape[0])])
+    return (noise / noise.std()).astype(np.float32)
+
+
+# One step of the graph ------------------------------------------------------------------------------------
+
+
+def correlation(fixed: Any, moving: Any, weights: Any) -> Any:
+    """The sum of squared local correlation over 5x5x5 windows, written down one by one in float64, and their number.
+
+    Each window's weight, how far its variances stand above a floor, is not differentiated.
+    """
+    import torch
+    import torch.nn.functional as F  # noqa: N812
+
+    def windows(x: Any) -> Any:
+        """(C,X,Y,Z) to (C,X,Y,Z,125), zeros outside."""
+        padded = F.pad(x, (2,) * 6)
+        return padded.unfold(1, 5, 1).unfold(2, 5, 1).unfold(3, 5, 1).flatten(4)
+
+    w, f, m = windows(weights[None]), windows(fixed), windows(moving)
+    amount = w.sum(-1, keepdim=True)
+    enough = amount[..., 0] > 0.2 * 125
+    share = w / amount.clamp(min=1e-9)
+    f = f - (share * f).sum(-1, keepdim=True)
+    m = m - (share * m).sum(-1, keepdim=True)
+    product = (share * f * f).sum(-1) * (share * m * m).sum(-1)
+    floored = ((share * f * f).sum(-1) + FLOOR) * ((share * m * m).sum(-1) + FLOOR)
+    squares = (share * f * m).sum(-1) ** 2 / product * (product / floored).detach()
+    return torch.where(enough, squares, 0.0).sum(), enough.sum().item() * len(fixed)
+
+
+@pytest.mark.parametrize(("channels", "shape"), [(1, (9, 11, 10)), (3, (12, 7, 8))])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_force_is_the_derivative_of_local_correlation(
+    run: Callable[..., dict[str, Array]], channels: int, shape: tuple[int, int, int], masked: bool
+) -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(channels)
+    fixed, moving = smooth_noise(rng, (channels, *shape)), smooth_noise(rng, (channels, *shape))
+    weights = np.ones(shape)
+    if masked:
+        weights = rng.uniform(0.3, 1.0, shape)
+        weights[2:6, 1:5, 3:8] = 0.0
+    variable = torch.tensor(moving, dtype=torch.float64, requires_grad=True)
+    total, windows = correlation(torch.tensor(fixed, dtype=torch.float64), variable, torch.tensor(weights))
+    total.backward()
+    slopes = [ndimage.correlate1d(moving, [-0.5, 0.0, 0.5], axis, mode="nearest") for axis in (1, 2, 3)]
+    force = np.stack([(variable.grad.numpy() * slope).sum(axis=0) for slope in slopes])
+    result = run(fixed, moving, weights)
+    assert result["similarity"][0] == pytest.approx(total.item() / windows, abs=1e-5)
+    expected = 0.5 * force / max(1.0, np.sqrt((force**2).sum(axis=0)).max())
+    np.testing.assert_allclose(result["refined"][0], expected, atol=1e-4)
+    if masked:
+        assert np.all(result["refined"][0][:, 2:6, 1:5, 3:8] == 0.0)
+
+
+def test_the_longest_update_is_the_step(run: Callable[..., dict[str, Array]]) -> None:
+    """Where forces are long, as those of these images of two modalities are."""
+    rng = np.random.default_rng(3)
+    fixed, moving = smooth_noise(rng, (2, 12, 14, 10)), smooth_noise(rng, (2, 12, 14, 10))
+    kernel = gaussian(0.8)
+    for step in (0.25, 1.0):
+        update = run(fixed, moving, update_kernel=kernel, step=np.array(step))["refined"][0]
+        assert np.sqrt((update**2).sum(axis=0)).max() == pytest.approx(step, abs=1e-5)
+
+
+def test_updates_are_smoothed_by_the_kernel(run: Callable[..., dict[str, Array]]) -> None:
+    rng = np.random.default_rng(4)
+    fixed, moving = smooth_noise(rng, (1, 15, 13, 14)), smooth_noise(rng, (1, 15, 13, 14))
+    raw = run(fixed, moving)["refined"][0]
+    smoothed = run(fixed, moving, update_kernel=gaussian(1.2))["refined"][0]
+    expected = ndimage.gaussian_filter(raw, (0, 1.2, 1.2, 1.2), mode="nearest", truncate=3.4)
+    np.testing.assert_allclose(smoothed / np.abs(smoothed).max(), expected / np.abs(expected).max(), atol=1e-4)
+
+
+def test_updates_are_composed(run: Callable[..., dict[str, Array]]) -> None:
+    """u <- smooth(d + u o (x + d)): to second order in d, here against cubic interpolation."""
+    rng = np.random.default_rng(5)
+    shape = (16, 18, 14)
+    fixed, moving = smooth_noise(rng, (1, *shape)), smooth_noise(rng, (1, *shape))
+    u = 0.8 * smooth_noise(rng, (3, *shape), 4.0)
+    index = np.indices(shape).astype(np.float64)
+    warped = ndimage.map_coordinates(moving[0], index + u, order=1, mode="nearest")[None].astype(np.float32)
+    kernel = gaussian(2.0)
+    # The update at u is the update of the warped image at zero.
+    d = run(fixed, warped, update_kernel=kernel, step=np.array(0.2))["refined"][0]
+    composed = d + np.stack([ndimage.map_coordinates(part, index + d, order=3, mode="nearest") for part in u])
+    expected = ndimage.gaussian_filter(composed, (0, 0.35, 0.35, 0.35), mode="nearest", truncate=5.0)
+    got = run(
+        fixed, moving, displacement=u[None], update_kernel=kernel, field_kernel=gaussian(0.35), step=np.array(0.2)
+    )["refined"][0]
+    inner = (slice(None), *(slice(2, -2),) * 3)
+    assert np.abs(expected - u)[inner].max() > 0.02
+    np.testing.assert_allclose(got[inner], expected[inner], atol=0.002)
+
+
+def test_equal_images_stay_where_they_are(run: Callable[..., dict[str, Array]]) -> None:
+    image = smooth_noise(np.random.default_rng(6), (2, 16, 12, 14))
+    result = run(image, image, update_kernel=gaussian(0.8), step=np.array(1.0), iterations=np.array(10.0))
+    assert np.abs(result["refined"]).max() < 0.02
+
+
+def test_images_without_structure_are_left_alone(run: Callable[..., dict[str, Array]]) -> None:
+    flat = np.zeros((1, 10, 10, 10), dtype=np.float32)
+    result = run(flat, flat, iterations=np.array(3.0))
+    assert np.all(result["refined"] == 0.0) and np.all(result["similarity"] == 0.0)
+
+
+def test_it_stops_when_the_similarity_falls(run: Callable[..., dict[str, Array]]) -> None:
+    """Steps of four voxels overshoot at once."""
+    rng = np.random.default_rng(7)
+    fixed = smooth_noise(rng, (1, 18, 18, 18))
+    moving = np.roll(fixed, 1, axis=1)
+    result = run(fixed, moving, update_kernel=gaussian(1.0), step=np.array(4.0), iterations=np.array(50.0))
+    assert 2 <= result["done"] < 50
+    full = run(fixed, moving, update_kernel=gaussian(1.0), step=np.array(0.2), iterations=np.array(5.0))
+    assert full["done"] == 5 and full["similarity"][1] > full["similarity"][0] + 0.05
+
+
+# Known deformations ------------------------------------------------------------------------------------------
+
+
+def waves(points: Array, size: float = 4.0) -> Array:
+    """A smooth displacement (3,...) of up to about ``size`` mm at RAS points, nowhere folding."""
+    x, y, z = points / 30.0
+    return size * np.stack([np.sin(y + 0.5) * np.cos(z), np.sin(z + x), np.cos(x - 0.3) * np.sin(y)]) * 0.8
+
+
+@pytest.fixture(scope="module")
+def pair(helpers: Any) -> tuple[Volume, Volume, Geometry]:
+    """Fixed and moving phantom with moving(x + waves(x)) = fixed(x); grids of other orientation and spacing."""
+    grid = Geometry((48, 56, 44), helpers.grid_affine((48, 56, 44), (2.0, 2.0, 2.1), "LPS"))
+    other = Geometry((60, 48, 50), helpers.grid_affine((60, 48, 50), (1.9, 2.1, 2.0), "PIR", (4.0, 2.0, -3.0)))
+    points = helpers.world_points(grid.affine, grid.shape)
+    fixed = helpers.head(points + waves(points)).astype(np.float32)
+    moving = helpers.head(helpers.world_points(other.affine, other.shape)).astype(np.float32)
+    return Volume(moving, other), Volume(fixed, grid), grid
+
+
+def case(**images: Volume) -> Case:
+    return Case("case", images)
+
+
+def refined(moving: Volume, fixed: Volume, iterations: int = 4, **options: Any) -> Refined:
+    none = Tumors(None, fixed.geometry)
+    start = DisplacementField(np.zeros((3, 8, 8, 8), dtype=np.float32), Geometry((8, 8, 8), np.diag([12.0, 12, 12, 1])))
+    refiner = Refiner("ort-cpu", options.pop("orientation", "RAS"), threads=1)
+    mine, theirs = options.pop("tumors", (none, none))
+    names = options.pop("names", ("t1", "t1"))
+    images = (case(**{names[0]: moving}), mine), (case(**{names[1]: fixed}), theirs)
+    found, notes = refiner.refine_case(*images, np.eye(4), start, iterations)
+    assert notes == options.pop("notes", []) and not options
+    return found
+
+
+def errors(found: Refined, fixed: Volume) -> tuple[Array, Array]:
+    """Length of what was missed and of what was there, mm, over the fixed image's head."""
+    grid = fixed.geometry
+    u = Transform(np.eye(4), found.displacement, 1).dense(grid).vectors_mm
+    truth = waves(affine_coords(grid.shape, grid.affine).astype(np.float64))
+    inside = ndimage.binary_erosion(fixed.data > 30, iterations=2)
+    return np.linalg.norm(u - truth, axis=0)[inside], np.linalg.norm(truth, axis=0)[inside]
+
+
+def test_a_known_deformation_is_found(pair: tuple[Volume, Volume, Geometry]) -> None:
+    moving, fixed, _ = pair
+    found = refined(moving, fixed)
+    missed, there = errors(found, fixed)
+    assert there.mean() > 2.5
+    assert missed.mean() < 0.3 * there.mean()
+    assert found.similarity_after > found.similarity_before
+    assert jacobian_determinant(found.displacement).min() > 0.2
+
+
+@pytest.mark.parametrize("orientation", ["LPS", "PIR"])
+def test_the_grids_orientation_does_not_matter(pair: tuple[Volume, Volume, Geometry], orientation: str) -> None:
+    moving, fixed, grid = pair
+    a, b = refined(moving, fixed, 2), refined(moving, fixed, 2, orientation=orientation)
+    assert b.displacement.geometry.orientation == orientation
+    dense = [Transform(np.eye(4), found.displacement, 1).dense(grid).vectors_mm for found in (a, b)]
+    apart = np.abs(dense[0] - dense[1])
+    assert apart.mean() < 0.003 and np.quantile(apart, 0.999) < 0.1
+
+
+def test_opposite_contrasts_without_a_shared_modality(pair: tuple[Volume, Volume, Geometry]) -> None:
+    moving, fixed, _ = pair
+    head = moving.data > 20
+    inverted = Volume(np.where(head, 160.0 - moving.data, 0.0).astype(np.float32), moving.geometry)
+    note = ["no modality is shared: refined by comparing moving t2 with fixed t1"]
+    missed, there = errors(refined(inverted, fixed, names=("t2", "t1"), notes=note), fixed)
+    assert missed.mean() < 0.7 * there.mean()
+
+
+def test_two_modalities_are_compared_together(pair: tuple[Volume, Volume, Geometry], helpers: Any) -> None:
+    """The first is noise: alone it finds nothing, with the second the deformation is found."""
+    moving, fixed, _ = pair
+    rng = np.random.default_rng(8)
+
+    def noise(like: Volume) -> Volume:
+        values = np.where(like.data > 20, 80 + 20 * rng.normal(size=like.data.shape), 0)
+        return Volume(values.astype(np.float32), like.geometry)
+
+    noises = noise(moving), noise(fixed)
+    none = Tumors(None, fixed.geometry)
+    start = DisplacementField(np.zeros((3, 2, 2, 2), dtype=np.float32), Geometry((2, 2, 2), np.eye(4)))
+    both = case(t1=noises[0], flair=moving), case(flair=fixed, t1=noises[1])
+    found, _ = Refiner("ort-cpu", threads=1).refine_case((both[0], none), (both[1], none), np.eye(4), start, 4)
+    assert found.modalities == ("t1", "flair")
+    alone, _ = errors(refined(*noises), fixed)
+    missed, there = errors(found, fixed)
+    assert missed.mean() < 0.4 * there.mean() < alone.mean()
+
+
+def test_a_start_is_improved_not_forgotten(pair: tuple[Volume, Volume, Geometry]) -> None:
+    """With the truth to start from, one iteration leaves it nearly as it is."""
+    moving, fixed, grid = pair
+    truth = DisplacementField(waves(affine_coords(grid.shape, grid.affine)).astype(np.float32), grid)
+    none = Tumors(None, grid)
+    found, _ = Refiner("ort-cpu", threads=1).refine_case(
+        (case(t1=moving), none), (case(t1=fixed), none), np.eye(4), truth, 1
+    )
+    assert errors(found, fixed)[0].mean() < 0.3
+
+
+def test_part_of_the_head_outside_the_moving_image(pair: tuple[Volume, Volume, Geometry]) -> None:
+    """What the moving image does not show is not compared, so that its edge draws nothing."""
+    moving, fixed, _ = pair
+    affine = moving.geometry.affine.copy()
+    affine[:3, 3] = moving.geometry.to_ras((22, 0, 0))
+    cut = Volume(np.ascontiguousarray(moving.data[22:]), Geometry(moving.data[22:].shape, affine))
+    found = refined(cut, fixed)
+    assert jacobian_determinant(found.displacement).min() > 0.0
+    missed, _ = errors(found, fixed)
+    assert np.median(missed) < 1.5
+
+
+# Levels ------------------------------------------------------------------------------------------------------
+
+
+def blob(shape: tuple[int, int, int], spacing: float) -> Volume:
+    index = np.indices(shape) - (np.array(shape).reshape(3, 1, 1, 1) - 1) / 2
+    data = (np.linalg.norm(index, axis=0) * spacing < 40).astype(np.float32)
+    return Volume(data, Geometry(shape, np.diag([spacing, spacing, spacing, 1.0])))
+
+
+def test_levels_fit_the_images_resolution() -> None:
+    fine, coarse = blob((100, 100, 100), 1.0), blob((30, 30, 30), 4.0)
+    levels, grids = level_grids(fine, fine, "LPS")
+    assert levels == LEVELS and [g.orientation for g in grids] == ["LPS"] * 3
+    assert [g.spacing[0] for g in grids] == pytest.approx([4.0, 2.0, 4.0 / 3.0])
+    for grid in grids:
+        ends = np.abs(grid.to_voxels(fine.geometry.center) - (np.array(grid.shape) - 1) / 2) * grid.spacing
+        assert ends.max() < 1.0
+        assert all(86 <= n * s < 100 for n, s in zip(grid.shape, grid.spacing, strict=True))
+    assert [level.spacing_mm for level in level_grids(coarse, fine, "RAS")[0]] == [4.0]
+    assert [level.spacing_mm for level in level_grids(blob((3, 30, 30), 30.0), fine, "RAS")[0]] == [4.0]
+
+
+@pytest.mark.parametrize("deviation", [0.35, 0.7, 1.7])
+def test_gaussian(deviation: float) -> None:
+    radius = max(1, int(np.ceil(3 * deviation)))
+    impulse = np.zeros(2 * radius + 1)
+    impulse[radius] = 1.0
+    expected = ndimage.gaussian_filter1d(impulse, deviation, radius=radius, mode="constant")
+    np.testing.assert_allclose(gaussian(deviation), expected, atol=1e-6)
+
+
+def test_an_empty_image_is_refused(pair: tuple[Volume, Volume, Geometry]) -> None:
+    _, fixed, grid = pair
+    with pytest.raises(BadDataError, match="--affine"):
+        refined(Volume(np.zeros(grid.shape, dtype=np.float32), grid), fixed)
+
+
+# Engines and the shipped graph -------------------------------------------------------------------------------
+
+
+def test_every_backend_gives_the_same(pair: tuple[Volume, Volume, Geometry]) -> None:
+    moving, fixed, grid = pair
+    none = Tumors(None, grid)
+    start = DisplacementField(np.zeros((3, *grid.shape), dtype=np.float32), grid)
+    fields = [
+        Refiner(backend, threads=1)
+        .refine_case((case(t1=moving), none), (case(t1=fixed), none), np.eye(4), start, 1)[0]
+        .displacement.vectors_mm
+        for backend in available_backends()
+    ]
+    for vectors in fields[1:]:
+        np.testing.assert_allclose(vectors, fields[0], atol=1e-3)
+
+
+def test_the_shipped_graph_is_the_one_the_code_makes() -> None:
+    onnx = pytest.importorskip("onnx")
+    from jrs.export.refinement import refinement_model
+
+    assert onnx.load(str(GRAPH)) == refinement_model()
+
+
+def test_tensorrt_builds_the_graph() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(str(GRAPH))
+    sizes = {"C": 2, "X": 20, "Y": 24, "Z": 16, "K": 7, "L": 5}
+    for value in model.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = sizes[dim.dim_param]
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(model.SerializeToString()), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    kinds = [network.get_layer(i).type for i in range(network.num_layers)]
+    assert kinds.count(trt.LayerType.GRID_SAMPLE) == 1 and trt.LayerType.PLUGIN_V3 not in kinds
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM86, 0)
+    assert builder.build_serialized_network(network, config).nbytes > 1000
+
+
+# In the pipeline ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle: Path) -> Any:
+    with Pipeline.open(tiny_bundle, "ort-cpu", threads=1) as opened:
+        yield opened
+
+
+def test_without_refinement_the_field_is_the_networks(pipeline: Pipeline, phantom: Any) -> None:
+    fields = []
+    register = pipeline.network.register
+
+    def remembered(*inputs: Any) -> Any:
+        fields.append(register(*inputs))
+        return fields[-1]
+
+    pipeline.network.register = remembered  # type: ignore[method-assign]
+    try:
+        plain = pipeline.infer(phantom.folder, phantom.atlas, refine=0, segment=False)
+        better = pipeline.infer(phantom.folder, phantom.atlas, refine=1, segment=False)
+    finally:
+        pipeline.network.register = register  # type: ignore[method-assign]
+    field = plain.transform.displacement
+    expected = np.einsum("wi,ixyz->wxyz", field.geometry.affine[:3, :3], fields[0].displacement[0])
+    np.testing.assert_allclose(field.vectors_mm, expected, rtol=1e-6)
+    assert field.geometry.shape == (32, 32, 32)
+    assert plain.report()["refinement"] is None and "refinement" not in plain.timings_s
+    summary = better.report()["refinement"]
+    assert summary["modalities"] == ["t1"] and summary["levels_mm"] == [4.0, 2.0]
+    assert all(1 <= done <= most for done, most in zip(summary["iterations"], (3, 2), strict=True))
+    assert summary["similarity_before"] == plain.report()["similarity"]["after"]
+    assert better.report()["similarity"]["after"] > summary["similarity_before"]
+    assert better.timings_s["refinement"] > 0

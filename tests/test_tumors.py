@@ -1,0 +1,163 @@
+"""Tumours in the refinement: not compared, rigid, and without a say in the field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from jrs.fields import DisplacementField, jacobian_determinant
+from jrs.geometry import Geometry
+from jrs.runtime.cases import Case
+from jrs.runtime.refine import Refiner
+from jrs.runtime.sampling import affine_coords
+from jrs.runtime.tumors import Tumors
+from jrs.volume import Volume
+
+Array = np.ndarray[Any, Any]
+SPACING = (2.0, 3.0, 2.5)
+SHAPE = (50, 36, 40)
+
+
+@pytest.fixture
+def grid(helpers: Any) -> Geometry:
+    return Geometry(SHAPE, helpers.grid_affine(SHAPE, SPACING, "LAS", (5.0, 0.0, 8.0), (3.0, 4.0, 5.0)))
+
+
+def ball(grid: Geometry, center: tuple[float, float, float], radius: float) -> Array:
+    points = affine_coords(grid.shape, grid.affine)
+    return np.linalg.norm(points - np.array(center).reshape(3, 1, 1, 1), axis=0) <= radius
+
+
+def probabilities(mask: Array) -> Array:
+    """Three classes; those of the tumour take turns."""
+    turn = np.indices(mask.shape).sum(axis=0) % 2 == 0
+    return np.stack([~mask, mask & turn, mask & ~turn]).astype(np.float32)
+
+
+def test_none_found(grid: Geometry) -> None:
+    points = affine_coords(grid.shape, grid.affine)
+    for tumors in (Tumors.found(None, grid), Tumors.found(probabilities(np.zeros(SHAPE, bool)), grid)):
+        assert tumors.mask is None
+        assert np.all(tumors.weights_at(points, 2.0) == 1.0)
+        u = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype(np.float32)
+        assert np.array_equal(tumors.stiffened(u, grid), u)
+
+
+def test_gaps_are_closed_and_nothing_is_lost(grid: Geometry) -> None:
+    mask = ball(grid, (0, 0, 0), 16) & ~ball(grid, (0, 0, 0), 3)
+    mask &= np.random.default_rng(1).random(SHAPE) > 0.2
+    found = Tumors.found(probabilities(mask), grid).mask
+    assert found is not None
+    assert np.all(found[mask])
+    assert np.all(found[ball(grid, (0, 0, 0), 12)])
+    assert not np.any(found[~ball(grid, (0, 0, 0), 18)])
+
+
+def test_weights_by_distance(grid: Geometry) -> None:
+    mask = ball(grid, (0, 0, 0), 12)
+    tumors = Tumors.found(probabilities(mask), grid)
+    assert tumors.mask is not None
+    distance = ndimage.distance_transform_edt(~tumors.mask, SPACING)
+    weights = tumors.weights_at(affine_coords(grid.shape, grid.affine), 2.0)
+    assert np.all(weights[distance <= 5.7] == 0.0)
+    assert np.all(weights[distance >= 9.8] == 1.0)
+    between = (distance > 5.8) & (distance < 9.7)
+    assert np.all((weights[between] > 0) & (weights[between] < 1))
+    order = np.argsort(distance[between])
+    assert np.all(np.diff(weights[between][order]) >= -1e-5)
+    blank = tumors.blank_at(affine_coords(grid.shape, grid.affine), 2.0)
+    assert np.array_equal(blank, distance <= 2.0 + 2.0 * 0.87)
+    far = np.full((3, 1, 1, 1), 500.0, dtype=np.float32)
+    assert tumors.weights_at(far, 2.0).item() == 1.0
+
+
+def volume_ratio(mask_of: Tumors, u: Array, grid: Geometry) -> float:
+    """Volume of what x + u(x) takes into the mask, over the mask's own."""
+    assert mask_of.mask is not None
+    source = mask_of.grid
+    coords = np.linalg.inv(source.affine)[:3, :3] @ (affine_coords(grid.shape, grid.affine) + u).reshape(3, -1)
+    coords = (coords + np.linalg.inv(source.affine)[:3, 3:]).reshape(3, *grid.shape)
+    inside = ndimage.map_coordinates(mask_of.mask.astype(np.float32), coords, order=1)
+    return float(inside.sum() * grid.voxel_volume_ml / (mask_of.mask.sum() * source.voxel_volume_ml))
+
+
+def test_what_would_shrink_becomes_rigid(grid: Geometry) -> None:
+    """x + u(x) = 1.25 x about the tumour's middle would make it half as large."""
+    target = Geometry.aligned((60, 60, 60), (1.5, 1.5, 1.5), (2.0, 2.0, 2.0))
+    tumors = Tumors.found(probabilities(ball(grid, (6, -3, 4), 13)), grid)
+    points = affine_coords(target.shape, target.affine)
+    u = (0.25 * (points - np.array([6, -3, 4]).reshape(3, 1, 1, 1)) + 3.0).astype(np.float32)
+    out = tumors.stiffened(u, target)
+    assert volume_ratio(tumors, u, target) == pytest.approx(0.8**3, rel=0.03)
+    assert volume_ratio(tumors, out, target) == pytest.approx(1.0, rel=0.03)
+    z = points + u
+    far = np.linalg.norm(z - np.array([6, -3, 4]).reshape(3, 1, 1, 1), axis=0) > 32
+    assert np.array_equal(out[:, far], u[:, far])
+    determinant = jacobian_determinant(DisplacementField(out, target))
+    assert determinant.min() > 0.0
+
+
+def test_rigid_motions_are_kept(grid: Geometry, helpers: Any) -> None:
+    tumors = Tumors.found(probabilities(ball(grid, (6, -3, 4), 13) | ball(grid, (-20, 10, 0), 8)), grid)
+    turn = helpers.rotation((3.0, -2.0, 4.0))
+    points = affine_coords(grid.shape, grid.affine)
+    u = np.einsum("ab,bxyz->axyz", turn - np.eye(3), points) + np.array([2.0, -1.0, 3.0]).reshape(3, 1, 1, 1)
+    np.testing.assert_allclose(tumors.stiffened(u.astype(np.float32), grid), u, atol=0.06)
+
+
+def test_small_spots_deform(grid: Geometry) -> None:
+    tumors = Tumors.found(probabilities(ball(grid, (0, 0, 0), 4)), grid)
+    u = (0.1 * affine_coords(grid.shape, grid.affine)).astype(np.float32)
+    assert np.array_equal(tumors.stiffened(u, grid), u)
+
+
+@pytest.fixture(scope="module")
+def images(helpers: Any) -> tuple[Volume, Volume, Tumors]:
+    """A phantom with a tumour, swollen and moved a little against the fixed one without."""
+    shape = (46, 54, 42)
+    grid = Geometry(shape, helpers.grid_affine(shape, (2.0, 2.0, 2.0)))
+    points = helpers.world_points(grid.affine, shape)
+    fixed = helpers.head(points, 0).astype(np.float32)
+    center = np.array([18.0, 12.0, 9.0]).reshape(3, 1, 1, 1)
+    push = 4.0 * np.exp(-((np.linalg.norm(points - center, axis=0) - 8) ** 2) / 300)
+    moving = helpers.head(points - push * (points - center) / 20, 0).astype(np.float32)
+    mask = np.linalg.norm(points - center, axis=0) < 10
+    return Volume(moving, grid), Volume(fixed, grid), Tumors.found(probabilities(mask), grid)
+
+
+def refined(moving: Volume, fixed: Volume, tumors: tuple[Tumors, Tumors]) -> DisplacementField:
+    grid = fixed.geometry
+    start = DisplacementField(np.zeros((3, *grid.shape), dtype=np.float32), grid)
+    pairs = (Case("m", {"t1": moving}), tumors[0]), (Case("f", {"t1": fixed}), tumors[1])
+    return Refiner("ort-cpu", threads=1).refine_case(*pairs, np.eye(4), start, 3)[0].displacement
+
+
+@pytest.mark.parametrize("whose", [0, 1])
+def test_what_is_in_a_tumour_has_no_say(images: tuple[Volume, Volume, Tumors], whose: int) -> None:
+    *pair, tumors = images
+    assert tumors.mask is not None
+    none = Tumors(None, tumors.grid)
+    masks = (tumors, none) if whose == 0 else (none, tumors)
+    rng = np.random.default_rng(2)
+    # The outermost voxels of a coarse image shine further than the margin by interpolation.
+    inside = ndimage.binary_erosion(tumors.mask)
+    painted = pair[whose].data + np.where(inside, rng.normal(0, 200, tumors.mask.shape), 0)
+    other = list(pair)
+    other[whose] = Volume(painted.astype(np.float32), tumors.grid)
+    a, b = refined(*pair, masks), refined(*other, masks)
+    assert np.abs(a.vectors_mm).max() > 1.0
+    np.testing.assert_allclose(a.vectors_mm, b.vectors_mm, atol=1e-4)
+    free = refined(*other, (none, none))
+    assert np.abs(free.vectors_mm - refined(*pair, (none, none)).vectors_mm).max() > 0.5
+
+
+def test_a_tumour_keeps_its_volume(images: tuple[Volume, Volume, Tumors]) -> None:
+    moving, fixed, tumors = images
+    none = Tumors(None, tumors.grid)
+    kept, free = refined(moving, fixed, (tumors, none)), refined(moving, fixed, (none, none))
+    assert volume_ratio(tumors, kept.vectors_mm, kept.geometry) == pytest.approx(1.0, abs=0.03)
+    assert abs(volume_ratio(tumors, free.vectors_mm, free.geometry) - 1.0) > 0.06
+    assert jacobian_determinant(kept).min() > 0.0
