@@ -40,7 +40,13 @@ def infer(
     ] = "auto",
     seg: Annotated[bool, typer.Option("--seg/--no-seg", help="Segment the tumour.")] = True,
     inverse: Annotated[bool, typer.Option("--inverse/--no-inverse", help="Write the inverse field.")] = True,
-    backend: Annotated[str, typer.Option("--backend", help="auto, openvino or ort-cpu.")] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend",
+            help="auto, tensorrt, tensorrt-rtx, ort-cuda, ort-tensorrt, openvino or ort-cpu; see jrs doctor.",
+        ),
+    ] = "auto",
     precision: Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,

@@ -36,12 +36,15 @@ def _options(
 
 
 def _register_verbs() -> None:
-    from jrs.cli import export, infer, train
+    from jrs.cli import build, doctor, export, infer, train
 
     app.command("infer")(infer.infer)
     app.command("train")(train.train)
     app.command("export")(export.export)
     app.command("import-weights")(export.import_weights)
+    app.command("build")(build.build)
+    app.command("doctor")(doctor.doctor)
+    app.command("selftest")(doctor.selftest)
 
 
 _register_verbs()

@@ -160,6 +160,7 @@ class Pipeline:
                 probabilities = self.network.segment(codes)
         with clock.stage("registration"):
             registered = self.network.register(inputs.tensor, codes, fixed.codes)
+        warnings.extend(self.network.notes)
         displacement = DisplacementField.from_voxels(registered.displacement[0], fixed.grid)
         transform = Transform(affine, displacement, self.threads)
         sampler = None
