@@ -118,6 +118,9 @@ class GraphSession:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # As many as PyTorch has been given, and none of them spinning: both share the machine with others.
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if _has_bf16(model):
             # What is to be rounded must not be optimised away.
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
