@@ -11,12 +11,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     """Print a table on stderr."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     shown = Table(title=title)
     for column in columns:
         shown.add_column(column)
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*(Text(cell) for cell in row))  # not markup: cells hold brackets
     Console(stderr=True).print(shown)
 
 

@@ -3,31 +3,53 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jrs.errors import CannotCreateError, UsageError
 
+if TYPE_CHECKING:
+    from jrs.bundle import Bundle
+
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint (.safetensors) or folder of a run.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the bundle.")],
-    fp16: Annotated[
-        bool, typer.Option("--fp16", help="Convolutions in FP16; the head and all behind it stay FP32.")
-    ] = False,
+    precision: Annotated[
+        str, typer.Option("--precision", help="fp32, fp16 or bf16: of the convolutions; the head stays FP32.")
+    ] = "fp32",
+    fp16: Annotated[bool, typer.Option("--fp16", help="The same as --precision fp16.")] = False,
+    check_on: Annotated[
+        list[Path] | None,
+        typer.Option("--check-on", help="Real case on which the precision has to keep near FP32; may repeat."),
+    ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the bundle (default: the folder's).")] = None,
     shape: Annotated[
         str | None, typer.Option("--shape", help="Another grid, for example 144,208,144; multiples of 16.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+    tensorrt: Annotated[
+        bool, typer.Option("--tensorrt", help="Build TensorRT engines for this GPU as well, as jrs build does.")
+    ] = False,
+    triton: Annotated[
+        Path | None, typer.Option("--triton", help="Write a Triton model repository of the bundle there as well.")
+    ] = None,
+    triton_atlas: Annotated[
+        str, typer.Option("--triton-atlas", help="Fixed image whose codes the repository holds.")
+    ] = "sri24",
 ) -> None:
     """Export a checkpoint to a bundle of ONNX graphs, checked against PyTorch."""
     from jrs.cli.console import table
     from jrs.export.exporter import export_bundle
 
+    if precision not in ("fp32", "fp16", "bf16"):
+        raise UsageError(f"--precision {precision}: choose fp32, fp16 or bf16")
+    if fp16 and precision == "bf16":
+        raise UsageError("--fp16 and --precision bf16 exclude each other")
     sides = parse_shape(shape) if shape is not None else None
-    bundle = export_bundle(checkpoint, out, "fp16" if fp16 else "fp32", name, sides, overwrite)
+    wanted: Any = "fp16" if fp16 else precision
+    bundle = export_bundle(checkpoint, out, wanted, name, sides, overwrite, check_on or ())
     table(
         f"parity with PyTorch, {bundle.manifest.precision}",
         ("output", "maximum", "99th percentile", "unit", "limit"),
@@ -36,7 +58,42 @@ def export(
             for key, r in bundle.manifest.parity.items()
         ],
     )
+    if bundle.manifest.accuracy:
+        _accuracy_table(bundle)
     print(bundle.folder)
+    if tensorrt:
+        from jrs.cli.build import build_bundle
+        from jrs.runtime.engines.plans import BuildOptions
+
+        for path in build_bundle(bundle, "auto", BuildOptions()):
+            print(path)
+    if triton is not None:
+        from jrs.export.triton import export_triton
+
+        print(export_triton(bundle, triton, triton_atlas, overwrite))
+
+
+def _accuracy_table(bundle: Bundle) -> None:
+    from jrs.cli.console import table
+
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3g}"
+
+    table(
+        f"{bundle.manifest.precision} beside FP32, real volumes",
+        ("case", "field, p99 mm", "maximum mm", "labels that differ", "folding %", "in FP32 %"),
+        [
+            (
+                case,
+                shown(r.field_p99_mm),
+                shown(r.field_max_mm),
+                shown(r.labels_share),
+                shown(r.folding_percent),
+                shown(r.folding_fp32_percent),
+            )
+            for case, r in bundle.manifest.accuracy.items()
+        ],
+    )
 
 
 def import_weights(

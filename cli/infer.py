@@ -50,7 +50,13 @@ def infer(
     refine: Annotated[
         int, typer.Option("--refine", min=0, help="Iterations on this pair at the finest level; 0: the network alone.")
     ] = 4,
-    backend: Annotated[str, typer.Option("--backend", help="auto, openvino or ort-cpu.")] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(
+            "--backend",
+            help="auto, tensorrt, tensorrt-rtx, ort-cuda, ort-tensorrt, openvino or ort-cpu; see jrs doctor.",
+        ),
+    ] = "auto",
     precision: Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,

@@ -36,7 +36,7 @@ def _options(
 
 
 def _register_verbs() -> None:
-    from jrs.cli import data, evaluate, export, infer, schema, train, warp
+    from jrs.cli import build, data, doctor, evaluate, export, infer, schema, train, warp
 
     app.command("infer")(infer.infer)
     app.command("warp")(warp.warp)
@@ -47,6 +47,9 @@ def _register_verbs() -> None:
     app.command("export")(export.export)
     app.command("import-weights")(export.import_weights)
     app.command("schema")(schema.schema)
+    app.command("build")(build.build)
+    app.command("doctor")(doctor.doctor)
+    app.command("selftest")(doctor.selftest)
 
 
 _register_verbs()

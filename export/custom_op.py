@@ -8,15 +8,20 @@ takes that, every other one runs the body.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 DOMAIN = "ai.jrs"
 OP_TYPE = "JrsGridSample3D"
 VERSION = 1
 OPSET = 20
 """The first opset whose GridSample takes volumes."""
+BF16_OPSET = 22
+"""The first opset whose convolutions take BF16."""
 IR_VERSION = 10
+PLUGIN_ATTRIBUTES: dict[str, str | int] = {"plugin_namespace": "jrs", "plugin_version": "1", "aot": 1}
+"""By these TensorRT finds a plugin for the node; where there is none, it takes the body."""
 
 _BODY = """
 <opset_import: ["" : 20], domain: "ai.jrs">
@@ -46,6 +51,7 @@ def register_schema() -> None:
     if onnx.defs.has(OP_TYPE, DOMAIN):
         return
     parameter = onnx.defs.OpSchema.FormalParameter
+    kinds = {str: onnx.defs.OpSchema.AttrType.STRING, int: onnx.defs.OpSchema.AttrType.INT}
     onnx.defs.register_schema(
         onnx.defs.OpSchema(
             OP_TYPE,
@@ -54,6 +60,10 @@ def register_schema() -> None:
             doc="Trilinear sampling of X (N,C,D,H,W) at voxel indices coords (N,3,D',H',W'), border values outside.",
             inputs=[parameter("X", "tensor(float)"), parameter("coords", "tensor(float)")],
             outputs=[parameter("Y", "tensor(float)")],
+            attributes=[
+                onnx.defs.OpSchema.Attribute(name, kinds[type(value)], "For TensorRT's plugins.", required=False)
+                for name, value in PLUGIN_ATTRIBUTES.items()
+            ],
         )
     )
 
@@ -64,7 +74,13 @@ def function_body() -> onnx.FunctionProto:
 
 
 def add_function(model: onnx.ModelProto) -> None:
-    """Give ``model`` the operator's body and its domain, once."""
+    """Give ``model`` the operator's body and its domain, once, and its nodes what TensorRT looks for."""
+    for node in model.graph.node:
+        if node.domain == DOMAIN and node.op_type == OP_TYPE:
+            present = {attribute.name for attribute in node.attribute}
+            node.attribute.extend(
+                helper.make_attribute(name, value) for name, value in PLUGIN_ATTRIBUTES.items() if name not in present
+            )
     if not any(f.domain == DOMAIN and f.name == OP_TYPE for f in model.functions):
         model.functions.append(function_body())
     if not any(o.domain == DOMAIN for o in model.opset_import):
@@ -84,3 +100,36 @@ def sampler_model() -> onnx.ModelProto:
     add_function(model)
     onnx.checker.check_model(model)
     return model
+
+
+def probe_models() -> dict[str, onnx.ModelProto]:
+    """Two small graphs of fixed sizes by which ``jrs doctor`` tries a backend: a convolution and the sampler.
+
+    ``convolution``: image (1,2,8,8,8) to code, ReLU of the mean over 3x3x3 of channel 0 less channel 1 itself.
+    """
+
+    def value(name: str, channels: int) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, channels, 8, 8, 8])
+
+    weight = np.zeros((1, 2, 3, 3, 3), dtype=np.float32)
+    weight[0, 0], weight[0, 1, 1, 1, 1] = 1.0 / 27.0, -1.0
+    convolution = helper.make_graph(
+        [
+            helper.make_node("Conv", ["image", "weight"], ["filtered"], kernel_shape=[3, 3, 3], pads=[1] * 6),
+            helper.make_node("Relu", ["filtered"], ["code"]),
+        ],
+        "convolution",
+        [value("image", 2)],
+        [value("code", 1)],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    node = helper.make_node(OP_TYPE, ["image", "coords"], ["moved"], name="sample", domain=DOMAIN)
+    sampler = helper.make_graph([node], "sampler", [value("image", 2), value("coords", 3)], [value("moved", 2)])
+    models = {}
+    for graph in (convolution, sampler):
+        opsets = [helper.make_opsetid("", OPSET)]
+        models[graph.name] = helper.make_model(
+            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="jrs"
+        )
+    add_function(models["sampler"])
+    return models

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from jrs import __version__
-from jrs.bundle import FORMAT_VERSION, MANIFEST, Bundle, BundleManifest, GraphFile, ParityRecord
+from jrs.bundle import (
+    FORMAT_VERSION,
+    MANIFEST,
+    AccuracyRecord,
+    Bundle,
+    BundleManifest,
+    GraphFile,
+    ParityRecord,
+    Precision,
+)
 from jrs.errors import JrsError
-from jrs.export.custom_op import OPSET
-from jrs.export.graphs import Precision, build_graphs
+from jrs.export.accuracy import check_accuracy
+from jrs.export.graphs import build_graphs, opset_of
 from jrs.export.parity import check_parity
 from jrs.files import sha256_of, whole_folder, write_json
 from jrs.geometry import Shape
@@ -28,11 +38,14 @@ def export_bundle(
     name: str | None = None,
     shape: Shape | None = None,
     overwrite: bool = False,
+    cases: Sequence[str | Path] = (),
 ) -> Bundle:
     """Write the bundle of a checkpoint (a file, or the folder of a run) into the folder ``out``.
 
     ``shape`` replaces the checkpoint's grid (the network is convolutional); every side a multiple of 16.
-    Raises ParityError if a graph misses its limit, CannotCreateError if ``out`` exists without ``overwrite``.
+    A reduced ``precision`` has to keep near FP32 on the shipped brain and on every one of ``cases``.
+    Raises ParityError if a graph or the precision misses its limit, CannotCreateError if ``out`` exists
+    without ``overwrite``.
     """
     out = Path(out)
     source = find_checkpoint(Path(checkpoint))
@@ -46,6 +59,10 @@ def export_bundle(
         graphs = build_graphs(net, spec, precision)
         parity = check_parity(net, spec, graphs, precision)
         _judge(source, parity)
+        accuracy = {}
+        if precision != "fp32" or cases:
+            accuracy = check_accuracy(net, spec, graphs, precision, cases)
+            _judge_accuracy(source, precision, accuracy)
         files = {}
         for graph, model in graphs.items():
             file = folder / f"{graph}.onnx"
@@ -56,10 +73,11 @@ def export_bundle(
             name=name or out.name,
             model=spec,
             precision=precision,
-            opset=OPSET,
+            opset=opset_of(precision),
             graphs=files,
             training=_training_record(loaded),
             parity=parity,
+            accuracy=accuracy,
             jrs_version=__version__,
         )
         write_json(folder / MANIFEST, encode(manifest))
@@ -74,6 +92,17 @@ def _judge(source: Path, parity: dict[str, ParityRecord]) -> None:
             f"{source}: the exported {missed[0]} differs from PyTorch by {getattr(record, record.measure):.3g} "
             f"({record.unit}, limit {record.limit:g}); no bundle was written, export with --precision fp32"
         )
+
+
+def _judge_accuracy(source: Path, precision: Precision, accuracy: dict[str, AccuracyRecord]) -> None:
+    for case, record in accuracy.items():
+        if not record.passed:
+            measured = (record.field_p99_mm, record.labels_share, record.folding_percent, record.folding_fp32_percent)
+            shown = ["-" if value is None else f"{value:.3g}" for value in measured]
+            raise ParityError(
+                f"{source}: {precision} costs too much on {case} (field {shown[0]} mm, labels {shown[1]}, folding "
+                f"{shown[2]} % instead of {shown[3]} %); no bundle was written, export with --precision fp32"
+            )
 
 
 def _training_record(checkpoint: Checkpoint) -> dict[str, object]:

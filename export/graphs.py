@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import onnx
 import torch
@@ -15,12 +14,13 @@ from onnxscript import values
 from torch import Tensor, nn
 
 from jrs.architecture import LEVELS
-from jrs.export.custom_op import DOMAIN, OP_TYPE, OPSET, VERSION, add_function, register_schema
+from jrs.bundle import Precision
+from jrs.export.custom_op import BF16_OPSET, DOMAIN, OP_TYPE, OPSET, VERSION, add_function, register_schema
 from jrs.manifest import ModelSpec
 from jrs.models.network import Codes, Decoder, InstanceNorm, JointNet
 from jrs.models.spatial import displacement, warp
 
-Precision = Literal["fp32", "fp16"]
+_CONVOLUTION_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class EncoderGraph(nn.Module):
@@ -102,6 +102,14 @@ class TwoStageNorm(nn.Module):
         return (centred * scale + self.bias).to(x.dtype)
 
 
+class WideUp(nn.ConvTranspose3d):
+    """A transposed convolution in FP32 between BF16 layers: TensorRT-RTX has none in BF16."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(N,C,X,Y,Z) to (N,K,2X,2Y,2Z), the type kept."""
+        return super().forward(x.float(), output_size).to(x.dtype)
+
+
 def _mean(x: Tensor) -> Tensor:
     return x.mean((3, 4), keepdim=True).mean(2, keepdim=True)
 
@@ -118,16 +126,24 @@ def _with_two_stage_norms(module: nn.Module) -> nn.Module:
 def _convolve_in(module: nn.Module, precision: Precision) -> torch.dtype:
     """Ready a module for tracing: convolutions in their precision, norms written out.
 
-    Norms and a decoder's last convolution stay FP32. Returns the type the module takes.
+    Norms and a decoder's last convolution stay FP32, with BF16 the transposed ones as well.
+    Returns the type the module takes.
     """
     _with_two_stage_norms(module)
     if precision == "fp32":
         return torch.float32
-    last = module.output if isinstance(module, Decoder) else None
+    dtype = _CONVOLUTION_TYPES[precision]
+    kept: list[nn.Module] = []
+    if isinstance(module, Decoder):
+        kept.append(module.output)
+        if precision == "bf16":
+            kept.extend(module.ups)
+            for up in module.ups:
+                up.__class__ = WideUp  # the same weights under the same names
     for part in module.modules():
-        if isinstance(part, (nn.Conv3d, nn.ConvTranspose3d)) and part is not last:
-            part.half()
-    return torch.float16
+        if isinstance(part, (nn.Conv3d, nn.ConvTranspose3d)) and part not in kept:
+            part.to(dtype)
+    return dtype
 
 
 def code_names(prefix: str = "") -> list[str]:
@@ -145,16 +161,20 @@ def example_codes(spec: ModelSpec) -> list[Tensor]:
 
 
 def build_graphs(net: JointNet, spec: ModelSpec, precision: Precision) -> dict[str, onnx.ModelProto]:
-    """Trace every graph that the architecture has: name to model, opset 20, the custom op with its body."""
+    """Trace every graph that the architecture has: name to model, the custom op with its body."""
     net = net.eval()
+    opset = opset_of(precision)
     image = torch.zeros(1, spec.architecture.in_channels, *spec.grid.shape)
     codes = example_codes(spec)
-    graphs = {"encoder": _trace(EncoderGraph(net, precision), [image], ["image"], code_names())}
+    graphs = {"encoder": _trace(EncoderGraph(net, precision), [image], ["image"], code_names(), opset)}
     if net.segmentation is not None:
-        graphs["segmentation"] = _trace(SegmentationGraph(net, precision), codes, code_names(), ["probabilities"])
+        graphs["segmentation"] = _trace(
+            SegmentationGraph(net, precision), codes, code_names(), ["probabilities"], opset
+        )
     if net.registration is not None:
         names = code_names("moving_") + code_names("fixed_")
-        graphs["registration"] = _trace(RegistrationGraph(net, precision), codes + example_codes(spec), names, ["flow"])
+        both = codes + example_codes(spec)
+        graphs["registration"] = _trace(RegistrationGraph(net, precision), both, names, ["flow"], opset)
         flow = torch.zeros(1, 3, *spec.grid.shape)
         graphs["transformer"] = _trace(
             TransformerGraph(net), [image, flow], ["image", "flow"], ["moved", "displacement"]
@@ -162,8 +182,17 @@ def build_graphs(net: JointNet, spec: ModelSpec, precision: Precision) -> dict[s
     return graphs
 
 
+def opset_of(precision: Precision) -> int:
+    """Of the encoder and the decoders: the lowest whose convolutions take the precision."""
+    return BF16_OPSET if precision == "bf16" else OPSET
+
+
 def _trace(
-    module: nn.Module, inputs: Sequence[Tensor], input_names: Sequence[str], output_names: Sequence[str]
+    module: nn.Module,
+    inputs: Sequence[Tensor],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    opset_version: int = OPSET,
 ) -> onnx.ModelProto:
     register_schema()
     opset = values.Opset(DOMAIN, VERSION)
@@ -177,7 +206,7 @@ def _trace(
             tuple(inputs),
             input_names=list(input_names),
             output_names=list(output_names),
-            opset_version=OPSET,
+            opset_version=opset_version,
             dynamo=True,
             optimize=True,
             verbose=False,

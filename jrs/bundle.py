@@ -13,6 +13,7 @@ from jrs.manifest import ModelSpec
 from jrs.resources import bundle_path
 from jrs.schema import decode
 
+Precision = Literal["fp32", "fp16", "bf16"]
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 GRAPHS = ("encoder", "segmentation", "registration", "transformer")
@@ -47,6 +48,34 @@ class ParityRecord:
 
 
 @dataclass(frozen=True)
+class AccuracyRecord:
+    """What the graphs' precision costs on one pair of real volumes, against FP32; None where there is no such output.
+
+    Attributes:
+        field_p99_mm: 99th percentile of the displacement's change, mm.
+        field_max_mm: its largest.
+        labels_share: share of voxels whose label differs.
+        folding_percent: share of the brain where the transform folds.
+        folding_fp32_percent: the same in FP32.
+        limits: the largest allowed field_p99_mm, labels_share and rise of folding_percent.
+    """
+
+    field_p99_mm: float | None
+    field_max_mm: float | None
+    labels_share: float | None
+    folding_percent: float | None
+    folding_fp32_percent: float | None
+    limits: tuple[float, float, float]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every limit is kept."""
+        field, labels, folding = self.limits
+        added = (self.folding_percent or 0.0) - (self.folding_fp32_percent or 0.0)
+        return (self.field_p99_mm or 0.0) <= field and (self.labels_share or 0.0) <= labels and added <= folding
+
+
+@dataclass(frozen=True)
 class BundleManifest:
     """The typed content of ``manifest.json``.
 
@@ -58,18 +87,20 @@ class BundleManifest:
         opset: of the graphs' standard operators.
         graphs: by name (encoder, segmentation, registration, transformer).
         training: how the weights came to be; free JSON values.
-        parity: what the exporter measured against PyTorch.
+        parity: what the exporter measured against PyTorch, output by output.
+        accuracy: what the precision costs on real volumes, by the case's name.
         jrs_version: that wrote it.
     """
 
     format_version: int
     name: str
     model: ModelSpec
-    precision: Literal["fp32", "fp16"]
+    precision: Precision
     opset: int
     graphs: dict[str, GraphFile]
     training: dict[str, Any] = field(default_factory=dict)
     parity: dict[str, ParityRecord] = field(default_factory=dict)
+    accuracy: dict[str, AccuracyRecord] = field(default_factory=dict)
     jrs_version: str = ""
 
 

@@ -186,7 +186,7 @@ class Pipeline:
             with clock.stage("segmentation"):
                 probabilities = self.network.segment(codes)
         found = self._deformation(moving, fixed, inputs, codes, probabilities, affine, options.refine, clock)
-        warnings += found.notes
+        warnings += [*self.network.notes, *found.notes]
         transform = Transform(affine, found.displacement, self.threads)
         sampler = None
         if probabilities is not None:

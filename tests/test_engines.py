@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import sys
+import types
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jrs.errors import BackendError, JrsError, UsageError
+from jrs.errors import BackendError, JrsError, OutOfMemoryError, UsageError
 from jrs.runtime import engines
 from jrs.runtime.engines import EngineOptions, available_backends, choose_backend, open_engine
 
@@ -226,7 +228,6 @@ def test_a_precision_that_a_backend_does_not_offer_is_refused(graph: Path) -> No
 def test_a_library_that_cannot_be_imported_is_one_line(
     graph: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sys
 
     library = engines._BACKENDS[backend][0]
     monkeypatch.setitem(sys.modules, library, None)  # what a broken install looks like
@@ -313,3 +314,96 @@ def test_the_network_of_a_bundle_agrees_with_torch(tiny_bundle: Path, backend: s
     np.testing.assert_allclose(registered.displacement, want.flow.numpy(), atol=1e-3)
     np.testing.assert_allclose(registered.moved, want.moved.numpy(), atol=5e-3)
     assert np.abs(registered.displacement).max() > 0.05
+
+
+# Devices --------------------------------------------------------------------------------------------------
+
+
+def test_outputs_bound_on_the_device_are_taken_in_place(graph: Path, image: np.ndarray, tmp_path: Path) -> None:
+    """The half of the CUDA backend that a CPU has: inputs and outputs bound, one graph's outputs the next one's."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from jrs.runtime.engines.onnxruntime_gpu import BoundSession, OrtArray
+
+    h, value = onnx.helper, onnx.helper.make_tensor_value_info
+    shape = [1, 4, *SHAPE]
+    twice = h.make_graph(
+        [h.make_node("Add", ["code1", "code1"], ["twice"])], "g", [value("code1", 1, shape)], [value("twice", 1, shape)]
+    )
+    onnx.save(h.make_model(twice, opset_imports=[h.make_opsetid("", 20)], ir_version=10), tmp_path / "twice.onnx")
+    want = by_reference(graph, image)[0]
+    first, second = (
+        BoundSession(onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]), "cpu")
+        for path in (graph, tmp_path / "twice.onnx")
+    )
+    kept = first.run({"image": image})
+    assert isinstance(kept["code1"], OrtArray) and kept["code1"].shape == want.shape
+    other = first.run({"image": -image})["code1"].numpy()
+    got = second.run({"code1": kept["code1"]})["twice"].numpy()
+    np.testing.assert_allclose(got, 2 * want, atol=1e-5)
+    np.testing.assert_allclose(kept["code1"].numpy(), want, atol=1e-5)
+    assert not np.allclose(other, want)
+    with pytest.raises(ValueError, match="picture"):
+        first.run({"picture": image})
+
+
+class FullDevice:
+    """A GPU backend whose memory ends at the registration: what a real one raises, raised here."""
+
+    def __init__(self, graph: Path, options: EngineOptions) -> None:
+        from jrs.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+        self.name = graph.stem
+        self.engine = OnnxRuntimeEngine(graph, EngineOptions("fp32", 1))
+        self.info = engines.EngineInfo("full", "GPU of 1 byte", options.graph_precision)
+
+    def keep(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        if self.name == "registration":
+            raise OutOfMemoryError("GPU of 1 byte: out of device memory")
+        return {name: Handle(array) for name, array in self.engine(inputs).items()}
+
+    def __enter__(self) -> FullDevice:
+        return self
+
+    def __exit__(self, *rest: Any) -> None:
+        self.engine.__exit__(*rest)
+
+
+class Handle:
+    """Memory that only its ``numpy`` shows."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array, self.shape = array, array.shape
+
+    def numpy(self) -> np.ndarray:
+        return self._array.copy()
+
+
+@pytest.fixture
+def full_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_BACKENDS", {"full": ("numpy", __name__, "FullDevice"), **engines._BACKENDS})
+    monkeypatch.setattr(engines, "_ON_GPU", ("full",))
+    monkeypatch.setattr(engines, "why_unavailable", lambda name: None if name in ("full", *BACKENDS) else "not here")
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__, types.SimpleNamespace(FullDevice=FullDevice)))
+
+
+def test_auto_leaves_a_full_device_and_says_so(full_device: None, tiny_bundle: Path) -> None:
+    from jrs.bundle import Bundle
+    from jrs.runtime.network import Network
+
+    bundle = Bundle.open(tiny_bundle)
+    moving, fixed = (np.random.default_rng(k).normal(size=(1, 4, 32, 32, 32)).astype(np.float32) for k in (0, 1))
+    with Network(bundle, "ort-cpu", "fp32", 1) as network:
+        want = network.register(moving, network.encode(moving), network.encode(fixed))
+    with Network(bundle, threads=1) as network:
+        assert network.backend == "full" and network.info.device == "GPU of 1 byte"
+        codes = [network.encode(image) for image in (moving, fixed)]
+        got = network.register(moving, *codes)
+        assert network.notes == [f"GPU of 1 byte: out of device memory; went on with {BACKENDS[0]}"]
+        assert network.info.backend == BACKENDS[0]
+        assert network.segment(codes[0]).shape == (4, 32, 32, 32)
+    np.testing.assert_allclose(got.displacement, want.displacement, atol=1e-3)
+    with Network(bundle, "full", threads=1) as network:
+        codes = [network.encode(image) for image in (moving, fixed)]
+        with pytest.raises(OutOfMemoryError) as caught:
+            network.register(moving, *codes)
+    assert caught.value.exit_code == 75

@@ -579,8 +579,8 @@ def again(one: Export, out: Path, **options: Any) -> Bundle:
 def test_a_parity_miss_writes_nothing(
     one: Export, tmp_path: Path, traced: Any, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
-    unit, measure, _, fp16 = jrs.export.parity._LIMITS[output]
-    monkeypatch.setitem(jrs.export.parity._LIMITS, output, (unit, measure, -1.0, fp16))
+    unit, measure, limits = jrs.export.parity._LIMITS[output]
+    monkeypatch.setitem(jrs.export.parity._LIMITS, output, (unit, measure, {**limits, "fp32": -1.0}))
     with pytest.raises(ParityError) as caught:
         again(one, tmp_path / "bundle")
     message = str(caught.value)
@@ -663,8 +663,8 @@ def test_a_miss_leaves_the_old_bundle(
 ) -> None:
     folder = copy_of(one, tmp_path)
     before = Bundle.open(folder).sha256
-    unit, measure, _, fp16 = jrs.export.parity._LIMITS["flow"]
-    monkeypatch.setitem(jrs.export.parity._LIMITS, "flow", (unit, measure, -1.0, fp16))
+    unit, measure, limits = jrs.export.parity._LIMITS["flow"]
+    monkeypatch.setitem(jrs.export.parity._LIMITS, "flow", (unit, measure, {**limits, "fp32": -1.0}))
     with pytest.raises(ParityError):
         again(one, folder, overwrite=True)
     assert Bundle.open(folder).sha256 == before

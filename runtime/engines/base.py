@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,21 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float32]
 
 
+class OnDevice(Protocol):
+    """An array in a device's memory, which only its backend can read in place."""
+
+    shape: tuple[int, ...]
+
+    def numpy(self) -> Array:
+        """A copy on the host."""
+
+
+Value: TypeAlias = Array | OnDevice
+
+
 @dataclass(frozen=True)
 class EngineInfo:
-    """What runs a graph: backend (``openvino``, ``ort-cpu``), device and the precision of the arithmetic."""
+    """What runs a graph: backend (``openvino``, ``tensorrt``), device and the precision of the arithmetic."""
 
     backend: str
     device: str
@@ -28,8 +40,11 @@ class Engine(Protocol):
 
     info: EngineInfo
 
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def __call__(self, inputs: Mapping[str, Value]) -> dict[str, Array]:
         """Run once."""
+
+    def keep(self, inputs: Mapping[str, Value]) -> Mapping[str, Value]:
+        """Run once, the outputs left where the next graph of the same backend takes them."""
 
     def __enter__(self) -> Engine: ...
 
@@ -40,10 +55,14 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """``precision`` is fp32 or bf16; ``threads`` None leaves the count to the backend."""
+    """``precision`` is fp32 or bf16, what the backend is to compute in; ``threads`` None leaves the count to it.
+
+    ``graph_precision`` is what the bundle's convolutions are stored in (fp32, fp16, bf16): GPUs compute in that.
+    """
 
     precision: str = "fp32"
     threads: int | None = None
+    graph_precision: str = "fp32"
 
 
 class Closing:
@@ -56,6 +75,11 @@ class Closing:
     ) -> None:
         """Release the backend's memory."""
         self._native = None
+
+
+def hosted(inputs: Mapping[str, Value]) -> dict[str, Array]:
+    """The same inputs, those on a device copied to the host."""
+    return {name: value if isinstance(value, np.ndarray) else value.numpy() for name, value in inputs.items()}
 
 
 def graph_name(path: Path) -> str:

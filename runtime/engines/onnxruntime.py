@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jrs.errors import BackendError, OutOfMemoryError, first_line
-from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, graph_name
+from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, Value, graph_name, hosted
 
 
 class OnnxRuntimeEngine(Closing):
@@ -29,6 +29,11 @@ class OnnxRuntimeEngine(Closing):
         try:
             self._native: Any = onnxruntime.InferenceSession(str(graph), session, providers=["CPUExecutionProvider"])
         except Exception as error:
+            if options.graph_precision == "bf16":
+                raise BackendError(
+                    f"backend ort-cpu: {graph_name(graph)} has BF16 convolutions, which ONNX Runtime "
+                    "computes on no CPU; use --backend openvino, a GPU, or a bundle of another precision"
+                ) from error
             raise BackendError(f"backend ort-cpu: cannot load {graph_name(graph)} ({first_line(error)})") from error
         self._outputs = [output.name for output in self._native.get_outputs()]
         self._graph = graph
@@ -37,10 +42,14 @@ class OnnxRuntimeEngine(Closing):
     def __enter__(self) -> OnnxRuntimeEngine:
         return self
 
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def keep(self, inputs: Mapping[str, Value]) -> dict[str, Array]:
+        """Run once: the host's memory is this backend's."""
+        return self(inputs)
+
+    def __call__(self, inputs: Mapping[str, Value]) -> dict[str, Array]:
         """Run once."""
         try:
-            results = self._native.run(None, dict(inputs))
+            results = self._native.run(None, hosted(inputs))
         except Exception as error:
             if "alloc" in str(error).lower():
                 raise OutOfMemoryError(

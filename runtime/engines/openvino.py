@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jrs.errors import BackendError, OutOfMemoryError, last_line
-from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, graph_name
+from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, Value, graph_name, hosted
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -43,10 +43,14 @@ class OpenVinoEngine(Closing):
     def __enter__(self) -> OpenVinoEngine:
         return self
 
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def keep(self, inputs: Mapping[str, Value]) -> dict[str, Array]:
+        """Run once: the host's memory is this backend's."""
+        return self(inputs)
+
+    def __call__(self, inputs: Mapping[str, Value]) -> dict[str, Array]:
         """Run once."""
         try:
-            results = self._native(dict(inputs))
+            results = self._native(hosted(inputs))
         except Exception as error:
             reason = last_line(error)
             if "alloc" in reason.lower() or "memory" in reason.lower():

@@ -1,0 +1,163 @@
+"""A bundle as a model repository of the Triton Inference Server, on its stock ONNX Runtime backend.
+
+One model a graph, the registration once more with a fixed image's codes inside it, and an ensemble ``jrs`` that takes
+a normalised image and gives everything: the codes of the atlas are computed here, once, and never again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import numpy_helper
+
+from jrs.bundle import Bundle
+from jrs.errors import ConfigurationError
+from jrs.export.graphs import code_names
+from jrs.files import whole_folder
+from jrs.geometry import Geometry
+from jrs.resources import atlas_path
+from jrs.runtime.cases import load_case
+from jrs.runtime.engines import Array, hosted
+from jrs.runtime.names import atlas_label
+from jrs.runtime.network import Network
+from jrs.runtime.preprocess import network_input, place_grid
+
+ENSEMBLE = "jrs"
+PREFIX = "jrs_"
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One model of the ensemble: its own tensor names to the ensemble's."""
+
+    model: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+def export_triton(bundle: Bundle, repository: str | Path, atlas: str = "sri24", overwrite: bool = False) -> Path:
+    """Write the repository of a bundle for one fixed image (a shipped name, a file or a folder).
+
+    Raises ConfigurationError for a bundle that the ONNX Runtime backend cannot run, CannotCreateError if the folder
+    exists without ``overwrite``.
+    """
+    repository = Path(repository)
+    if bundle.manifest.precision == "bf16":
+        raise ConfigurationError(f"{bundle.folder}: ONNX Runtime has no BF16 convolutions; export an fp16 bundle")
+    path = atlas_path(atlas)
+    label = "".join(c if c.isalnum() else "_" for c in atlas_label(path, atlas if path != Path(atlas) else None))
+    with whole_folder(repository, overwrite) as folder:
+        models = {}
+        for name in bundle.manifest.graphs:
+            models[PREFIX + name] = onnx.load(bundle.graph(name))
+            _write_model(folder, PREFIX + name, models[PREFIX + name], bundle.graph(name))
+        with_atlas = None
+        if bundle.manifest.model.architecture.registration:
+            codes, grid = _fixed_codes(bundle, path)
+            with_atlas = f"{PREFIX}registration_{label}"
+            models[with_atlas] = _with_fixed_codes(models[PREFIX + "registration"], codes)
+            _write_model(folder, with_atlas, models[with_atlas])
+            _write_grid(folder, label, grid)
+        _write_ensemble(folder, models, with_atlas)
+    return repository
+
+
+def _fixed_codes(bundle: Bundle, atlas: Path) -> tuple[dict[str, Array], Geometry]:
+    spec = bundle.manifest.model
+    case = load_case(atlas, default_channels=spec.channels)
+    grid = place_grid(spec.grid, next(iter(case.images.values())))
+    image = network_input(case.images, spec, grid, whose=f"the atlas {atlas}").tensor
+    with Network(bundle, "ort-cpu") as network:
+        return hosted(network.encode(image)), grid
+
+
+def _with_fixed_codes(registration: onnx.ModelProto, codes: Mapping[str, Array]) -> onnx.ModelProto:
+    """The registration graph whose inputs are the moving codes alone."""
+    model = onnx.ModelProto()
+    model.CopyFrom(registration)
+    fixed = set(code_names("fixed_"))
+    kept = [value for value in model.graph.input if value.name not in fixed]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    for name in code_names():
+        model.graph.initializer.append(numpy_helper.from_array(codes[name], f"fixed_{name}"))
+    onnx.checker.check_model(model)
+    return model
+
+
+def _write_grid(folder: Path, label: str, grid: Geometry) -> None:
+    """Beside the models, for clients: where the network's grid lies in the fixed image's world."""
+    import json
+
+    text = json.dumps({"atlas": label, "shape": list(grid.shape), "affine_ras_mm": grid.affine.tolist()}, indent=2)
+    (folder / f"{PREFIX}registration_{label}" / "grid.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _write_model(folder: Path, name: str, model: onnx.ModelProto, file: Path | None = None) -> None:
+    version = folder / name / "1"
+    version.mkdir(parents=True)
+    if file is not None:
+        shutil.copyfile(file, version / "model.onnx")
+    else:
+        (version / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    inputs, outputs = _tensors(model.graph.input), _tensors(model.graph.output)
+    head = [
+        f'name: "{name}"',
+        'backend: "onnxruntime"',
+        'default_model_filename: "model.onnx"',
+        "max_batch_size: 0",
+    ]
+    tail = [
+        # On every GPU, on the CPU where there is none.
+        "instance_group [ { count: 1 kind: KIND_AUTO } ]",
+        # Heuristic: the default search can be fifty times slower on 3-D convolutions.
+        'parameters [ { key: "cudnn_conv_algo_search" value: { string_value: "1" } } ]',
+    ]
+    lines = [*head, *_tensor_lines("input", inputs), *_tensor_lines("output", outputs), *tail]
+    (folder / name / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_ensemble(folder: Path, models: Mapping[str, onnx.ModelProto], with_atlas: str | None) -> None:
+    codes = code_names()
+    steps = [_Step(PREFIX + "encoder", {"image": "image"}, {name: name for name in codes})]
+    if PREFIX + "segmentation" in models:
+        steps.append(
+            _Step(PREFIX + "segmentation", {name: name for name in codes}, {"probabilities": "probabilities"})
+        )
+    if with_atlas is not None:
+        moving = {f"moving_{name}": name for name in codes}
+        steps.append(_Step(with_atlas, moving, {"flow": "flow"}))
+        both = {"moved": "moved", "displacement": "displacement"}
+        steps.append(_Step(PREFIX + "transformer", {"image": "image", "flow": "flow"}, both))
+    shapes: dict[str, Shape] = {}
+    for step in steps:
+        own = _tensors(models[step.model].graph.output)
+        shapes |= {theirs: own[name] for name, theirs in step.outputs.items()}
+    image = _tensors(models[PREFIX + "encoder"].graph.input)
+    results = {name: shapes[name] for name in ("probabilities", "moved", "displacement") if name in shapes}
+    lines = [f'name: "{ENSEMBLE}"', 'platform: "ensemble"', "max_batch_size: 0"]
+    lines += [*_tensor_lines("input", image), *_tensor_lines("output", results), "ensemble_scheduling {", "  step ["]
+    for index, step in enumerate(steps):
+        lines += [f'    {{ model_name: "{step.model}" model_version: -1']
+        lines += [f'      input_map {{ key: "{k}" value: "{v}" }}' for k, v in step.inputs.items()]
+        lines += [f'      output_map {{ key: "{k}" value: "{v}" }}' for k, v in step.outputs.items()]
+        lines += ["    }" + ("," if index < len(steps) - 1 else "")]
+    lines += ["  ]", "}"]
+    # An ensemble has no file, and Triton wants the folder of its version all the same.
+    (folder / ENSEMBLE / "1").mkdir(parents=True)
+    (folder / ENSEMBLE / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _tensors(values: Sequence[onnx.ValueInfoProto]) -> dict[str, Shape]:
+    return {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
+
+
+def _tensor_lines(kind: str, tensors: Mapping[str, Shape]) -> list[str]:
+    shown = [f'  {{ name: "{name}" data_type: TYPE_FP32 dims: {list(shape)} }}' for name, shape in tensors.items()]
+    return [f"{kind} [", ",\n".join(shown), "]"]

@@ -1,0 +1,172 @@
+"""What this machine can run jrs on: libraries, devices, and every backend tried on a small graph."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jrs import __version__
+from jrs.errors import JrsError
+from jrs.resources import DATA
+from jrs.runtime.engines import Array, EngineOptions, all_backends, on_gpu, open_engine, why_unavailable
+from jrs.runtime.engines.cuda import Device, driver_version, visible_devices, why_no_device
+
+# Name for the reader -> distributions, of which one may be there.
+_LIBRARIES = {
+    "numpy": ("numpy",),
+    "SimpleITK": ("SimpleITK",),
+    "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt-rtx",),
+    "cuda-bindings": ("cuda-bindings",),
+    "torch": ("torch",),
+}
+# Compute capability from which a GPU computes in a precision fast.
+_PRECISIONS = {"fp32": (0, 0), "fp16": (7, 0), "bf16": (8, 0)}
+
+
+@dataclass(frozen=True)
+class Library:
+    """An optional or required package; ``version`` None where it is not installed."""
+
+    name: str
+    version: str | None
+
+
+@dataclass(frozen=True)
+class BackendState:
+    """Whether a backend works here: device, precisions, milliseconds of the small graphs, or the reason why not."""
+
+    name: str
+    works: bool
+    device: str | None
+    precisions: tuple[str, ...]
+    milliseconds: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that ``jrs doctor`` finds; ``no_gpu`` says why there is no GPU."""
+
+    jrs: str
+    python: str
+    system: str
+    cpu: str
+    cores: int
+    driver: str
+    devices: tuple[Device, ...]
+    no_gpu: str | None
+    libraries: tuple[Library, ...]
+    backends: tuple[BackendState, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether any backend works."""
+        return any(backend.works for backend in self.backends)
+
+
+def diagnose() -> Diagnosis:
+    """Look at everything; never raises for what is missing."""
+    return Diagnosis(
+        jrs=__version__,
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        cpu=_cpu_name(),
+        cores=os.cpu_count() or 1,
+        driver=driver_version(),
+        devices=visible_devices(),
+        no_gpu=None if visible_devices() else why_no_device(),
+        libraries=tuple(Library(name, _version(names)) for name, names in _LIBRARIES.items()),
+        backends=tuple(_try(name) for name in all_backends()),
+    )
+
+
+def _version(distributions: tuple[str, ...]) -> str | None:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if sys.platform == "linux" and info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.lower().startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _try(name: str) -> BackendState:
+    """Run a convolution and, where the backend does it itself, the sampler; compare with numpy."""
+    lacking = why_unavailable(name)
+    if lacking is not None:
+        return BackendState(name, False, None, (), None, lacking)
+    try:
+        start = time.perf_counter()
+        device, wrong = _probe(name)
+        elapsed = 1000.0 * (time.perf_counter() - start)
+    except JrsError as error:
+        return BackendState(name, False, None, (), None, str(error))
+    if wrong is not None:
+        return BackendState(name, False, device, (), elapsed, f"{wrong} comes out wrong")
+    return BackendState(name, True, device, _precisions(name), elapsed, None)
+
+
+def _probe(name: str) -> tuple[str, str | None]:
+    """The device, and the name of the graph whose numbers are wrong, if one's are."""
+    image = np.random.default_rng(0).normal(size=(1, 2, 8, 8, 8)).astype(np.float32)
+    coords = np.indices((8, 8, 8), dtype=np.float32)[None]
+    coords[:, 2] += 0.5
+    graphs = DATA / "graphs"
+    options = EngineOptions("fp32", 1)
+    with open_engine(graphs / "probe_convolution.onnx", "encoder", name, options) as engine:
+        device = engine.info.device
+        if not _close(engine({"image": image})["code"], _filtered(image)):
+            return device, "a convolution"
+    if name != "openvino":  # its transformer is ort-cpu's
+        with open_engine(graphs / "probe_sampler.onnx", "transformer", name, options) as engine:
+            if not _close(engine({"image": image, "coords": coords})["moved"], _shifted(image)):
+                return device, "the sampler"
+    return device, None
+
+
+def _close(got: Array, want: Array) -> bool:
+    return got.shape == want.shape and bool(np.allclose(got, want, atol=1e-4))
+
+
+def _filtered(image: Array) -> Array:
+    """ReLU of the 3x3x3 mean of channel 0, zeros outside, less channel 1."""
+    padded = np.pad(image[0, 0], 1)
+    mean = np.zeros(image.shape[2:])
+    for i, j, k in np.ndindex(3, 3, 3):
+        mean += padded[i : i + 8, j : j + 8, k : k + 8] / 27.0
+    filtered: Array = np.maximum(mean - image[0, 1], 0.0)[None, None].astype(np.float32)
+    return filtered
+
+
+def _shifted(image: Array) -> Array:
+    """Half a voxel on along the last axis: means of neighbours, the last voxel itself."""
+    following = np.concatenate([image[..., 1:], image[..., -1:]], axis=-1)
+    shifted: Array = (0.5 * (image + following)).astype(np.float32)
+    return shifted
+
+
+def _precisions(name: str) -> tuple[str, ...]:
+    if name == "openvino":
+        return ("fp32", "bf16")
+    if not on_gpu(name):
+        return ("fp32",)
+    capability = visible_devices()[0].capability
+    return tuple(precision for precision, least in _PRECISIONS.items() if capability >= least)

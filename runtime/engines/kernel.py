@@ -1,0 +1,132 @@
+"""The sampler as a CUDA kernel of our own: compiled by NVRTC, put into a TensorRT engine as an ahead-of-time plugin.
+
+TensorRT 10 (JetPack 6) and 11.0 to 11.1 have no GridSample for volumes. The plugin ``jrs::JrsGridSample3D`` is
+registered before a graph is parsed; the compiled kernel then lies inside the engine, which loads without Python's
+half of it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from jrs.errors import BackendError, first_line
+from jrs.resources import DATA
+
+SOURCE = DATA / "kernels" / "grid_sample_3d.cu"
+KERNELS = {"fp32": "jrs_grid_sample_3d_fp32", "fp16": "jrs_grid_sample_3d_fp16"}
+PLUGIN = "jrs::JrsGridSample3D"
+THREADS = 128
+"""Of a block; a multiple of a warp, small because a thread holds sixteen corners and weights."""
+
+_registered: set[str] = set()
+
+
+def compile_ptx(compute_capability: tuple[int, int]) -> bytes:
+    """PTX of the kernels for a compute capability (8, 7), by NVRTC.
+
+    Raises BackendError where NVRTC is missing or refuses, with its first line.
+    """
+    nvrtc = _import_nvrtc()
+    status, program = nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], [])
+    _check(nvrtc, status)
+    major, minor = compute_capability
+    options = [f"--gpu-architecture=compute_{major}{minor}".encode(), b"--std=c++17", b"--fmad=true"]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        log = b" " * size
+        nvrtc.nvrtcGetProgramLog(program, log)
+        reason = log.decode(errors="replace").strip(" \0\n").splitlines() or [str(status)]
+        raise BackendError(f"{SOURCE.name}: NVRTC cannot compile it for capability {major}.{minor} ({reason[0]})")
+    status, size = nvrtc.nvrtcGetPTXSize(program)
+    _check(nvrtc, status)
+    ptx = b" " * size
+    _check(nvrtc, *nvrtc.nvrtcGetPTX(program, ptx))
+    nvrtc.nvrtcDestroyProgram(program)
+    compiled: bytes = ptx.rstrip(b"\0 ")
+    return compiled
+
+
+def _import_nvrtc() -> Any:
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError) as error:
+        raise BackendError(
+            f"NVRTC cannot be used ({first_line(error)}); pip install 'jrs[cuda]', or install the CUDA toolkit"
+        ) from error
+    return nvrtc
+
+
+def _check(nvrtc: Any, status: Any) -> None:
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise BackendError(f"NVRTC failed ({status})")
+
+
+def has_native_sampler(library: ModuleType) -> bool:
+    """Whether the library's GridSample takes volumes: TensorRT-RTX, and TensorRT from 11.2.1 on."""
+    if library.__name__ == "tensorrt_rtx":
+        return True
+    return _version(library) >= (11, 2, 1)
+
+
+def _version(library: ModuleType) -> tuple[int, ...]:
+    return tuple(int(part) for part in str(library.__version__).split(".")[:3] if part.isdigit())
+
+
+def register_plugin(library: ModuleType, compute_capability: tuple[int, int]) -> None:
+    """Register the plugin with a TensorRT library, once a process; the kernel is compiled for the capability.
+
+    Raises BackendError for a library without ahead-of-time plugins (before 10.8).
+    """
+    if library.__name__ in _registered:
+        return
+    try:
+        import importlib
+
+        plugin = importlib.import_module(f"{library.__name__}.plugin")
+    except ImportError as error:
+        raise BackendError(
+            f"{library.__name__} {library.__version__} has neither 5-D GridSample nor Python plugins; "
+            "update TensorRT to 10.8 or newer, or use --backend ort-cuda"
+        ) from error
+    if not hasattr(plugin, "aot_impl"):
+        raise BackendError(
+            f"{library.__name__} {library.__version__} has no ahead-of-time plugins; update TensorRT to 10.8 or newer"
+        )
+    ptx = compile_ptx(compute_capability)
+    _define(library, plugin, ptx)
+    _registered.add(library.__name__)
+
+
+def _define(library: Any, trtp: Any, ptx: bytes) -> None:
+    # TensorRT checks the annotations of the registered function, and takes no strings for them: they are set by hand.
+    def describe(X, coords):  # type: ignore[no-untyped-def]
+        out = X.like()
+        for axis in (2, 3, 4):
+            out.shape_expr[axis] = coords.shape_expr[axis]
+        return out
+
+    describe.__annotations__ = {"X": trtp.TensorDesc, "coords": trtp.TensorDesc, "return": trtp.TensorDesc}
+    trtp.register(PLUGIN)(describe)
+
+    def tune(X, coords, outputs):  # type: ignore[no-untyped-def]
+        return [trtp.AutoTuneCombination(types, "LINEAR") for types in ("FP32, FP32, FP32", "FP16, FP32, FP16")]
+
+    trtp.autotune(PLUGIN)(tune)
+
+    def implement(X, coords, outputs, tactic):  # type: ignore[no-untyped-def]
+        size, target = X.shape_expr, outputs[0].shape_expr
+        points = target[2] * target[3] * target[4]
+        scalars = [size[1], size[2], size[3], size[4], points, size[0] * points]
+        launch = trtp.KernelLaunchParams()
+        launch.grid_x = trtp.cdiv(size[0] * points, THREADS)
+        launch.block_x = THREADS
+        launch.shared_mem = 0
+        kernel = KERNELS["fp16" if X.dtype == library.float16 else "fp32"]
+        extra = trtp.SymIntExprs.from_tuple([trtp.SymInt32(value) for value in scalars])
+        return kernel.encode(), ptx, launch, extra
+
+    trtp.aot_impl(PLUGIN)(implement)

@@ -1,0 +1,151 @@
+"""TensorRT and TensorRT-RTX on a GPU: arrays stay on the device from graph to graph, one stream, CUDA graphs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jrs.errors import BackendError, OutOfMemoryError
+from jrs.runtime.engines import plans
+from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, Value, graph_name
+from jrs.runtime.engines.cuda import CudaSession, DeviceArray, shared_session
+
+_GRAPHS_KEPT = 4
+"""CUDA graphs are bound to addresses; memory is used again, so few sets of addresses ever occur."""
+
+
+class TensorRtEngine(Closing):
+    """One graph as an engine of TensorRT (see ``Engine``); ``backend`` is tensorrt or tensorrt-rtx."""
+
+    backend = "tensorrt"
+
+    def __init__(self, graph: Path, options: EngineOptions) -> None:
+        if options.precision != "fp32" and options.precision != options.graph_precision:
+            raise BackendError(
+                f"backend {self.backend}: the bundle's graphs are {options.graph_precision}; "
+                f"export one with jrs export --precision {options.precision}"
+            )
+        library = plans.import_library(self.backend)
+        trt: Any = library
+        try:
+            self._session: CudaSession = shared_session()
+        except BackendError as error:
+            raise BackendError(f"backend {self.backend}: {error}") from error
+        content = plans.ready_plan(library, graph, options.graph_precision)
+        self._graph, self._logger = graph, plans._make_logger(trt)
+        self._runtime = trt.Runtime(self._logger)
+        engine = self._runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise self._failure("cannot be loaded")
+        self._native: Any = self._make_context(trt, engine)
+        if self._native is None:
+            raise self._failure("has no execution context")
+        self._cuda_graphs: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        self._shapes = {name: tuple(int(n) for n in engine.get_tensor_shape(name)) for name in names}
+        inputs = trt.TensorIOMode.INPUT
+        self._inputs = [name for name in names if engine.get_tensor_mode(name) == inputs]
+        self._outputs = [name for name in names if engine.get_tensor_mode(name) != inputs]
+        self.info = EngineInfo(self.backend, self._session.device.name, options.graph_precision)
+
+    def _make_context(self, trt: Any, engine: Any) -> Any:
+        if not hasattr(engine, "create_runtime_config"):
+            return engine.create_execution_context()
+        config = engine.create_runtime_config()
+        if hasattr(trt, "CudaGraphStrategy"):
+            # The library's own capture; ours is left out for it.
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._own_graphs = hasattr(trt, "CudaGraphStrategy")
+        return engine.create_execution_context(config)
+
+    _own_graphs = False
+
+    def __enter__(self) -> TensorRtEngine:
+        return self
+
+    def __exit__(self, *rest: Any) -> None:
+        """Release the engine and its CUDA graphs."""
+        for captured in self._cuda_graphs.values():
+            if captured is not None:
+                self._session.call("cudaGraphExecDestroy", captured)
+        self._cuda_graphs.clear()
+        super().__exit__(*rest)
+
+    def __call__(self, inputs: Mapping[str, Value]) -> dict[str, Array]:
+        """Run once."""
+        return {name: value.numpy() for name, value in self.keep(inputs).items()}
+
+    def keep(self, inputs: Mapping[str, Value]) -> dict[str, DeviceArray]:
+        """Run once; the outputs stay on the device."""
+        if self._native is None:
+            raise BackendError(f"backend {self.backend}: {graph_name(self._graph)} is closed")
+        bound = {name: self._bind(name, inputs) for name in self._inputs}
+        unknown = sorted(set(inputs) - set(self._inputs))
+        if unknown:
+            raise BackendError(f"backend {self.backend}: {graph_name(self._graph)} has no input {unknown[0]}")
+        outputs = {name: DeviceArray(self._session, self._shapes[name]) for name in self._outputs}
+        everything = {**bound, **outputs}
+        for name, array in everything.items():
+            self._native.set_tensor_address(name, array.address)
+        self._launch(tuple(array.address for array in everything.values()))
+        return outputs
+
+    def _bind(self, name: str, inputs: Mapping[str, Value]) -> DeviceArray:
+        value = inputs.get(name)
+        if value is None or tuple(value.shape) != self._shapes[name]:
+            shape = None if value is None else tuple(value.shape)
+            raise BackendError(
+                f"backend {self.backend}: {graph_name(self._graph)} takes {name} {self._shapes[name]}, not {shape}"
+            )
+        if isinstance(value, DeviceArray):
+            return value
+        array = value if isinstance(value, np.ndarray) else value.numpy()
+        return self._session.upload(np.ascontiguousarray(array, dtype=np.float32))
+
+    def _launch(self, addresses: tuple[int, ...]) -> None:
+        """Queue the engine: at once the first time, captured the second, replayed from then on."""
+        cuda, stream = self._session.cuda, self._session.stream
+        captured = self._cuda_graphs.get(addresses)
+        if captured is not None:
+            self._cuda_graphs.move_to_end(addresses)
+            self._session.call("cudaGraphLaunch", captured, stream)
+            return
+        if self._own_graphs or addresses not in self._cuda_graphs:
+            self._cuda_graphs[addresses] = None
+            self._enqueue()
+        else:
+            mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+            self._session.call("cudaStreamBeginCapture", stream, mode)
+            try:
+                self._enqueue()
+            finally:
+                graph = self._session.call("cudaStreamEndCapture", stream)
+            self._cuda_graphs[addresses] = self._session.call("cudaGraphInstantiate", graph, 0)
+            self._session.call("cudaGraphDestroy", graph)
+            self._session.call("cudaGraphLaunch", self._cuda_graphs[addresses], stream)
+        while len(self._cuda_graphs) > _GRAPHS_KEPT:
+            _, old = self._cuda_graphs.popitem(last=False)
+            if old is not None:
+                self._session.call("cudaGraphExecDestroy", old)
+
+    def _enqueue(self) -> None:
+        if not self._native.execute_async_v3(self._session.stream):
+            raise self._failure("failed")
+
+    def _failure(self, what: str) -> BackendError | OutOfMemoryError:
+        reason = plans._short(self._logger.errors)
+        if "memory" in reason.lower():
+            return OutOfMemoryError(
+                f"{graph_name(self._graph)}: out of device memory; close other programs or use a smaller grid"
+            )
+        return BackendError(f"backend {self.backend}: {graph_name(self._graph)} {what} ({reason})")
+
+
+class TensorRtRtxEngine(TensorRtEngine):
+    """The same with TensorRT-RTX."""
+
+    backend = "tensorrt-rtx"

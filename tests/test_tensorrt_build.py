@@ -1,0 +1,309 @@
+"""TensorRT engines: real ones of real graphs, built by TensorRT-RTX without a GPU; their keys, storage and refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jrs.bundle import Bundle
+from jrs.errors import BackendError, UsageError
+from jrs.runtime.engines import cuda, kernel, plans
+from jrs.runtime.engines.plans import BuildOptions, Plan, PlanKey
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+AHEAD = BuildOptions(capabilities=("SM86", "SM120"))
+GRAPHS = ("encoder", "segmentation", "registration", "transformer")
+no_gpu = pytest.mark.skipif(bool(cuda.visible_devices()), reason="a GPU is here")
+
+
+def build(graph: Path, options: BuildOptions = AHEAD, precision: str = "fp32") -> Plan:
+    return plans.build_plan(trt, graph, plans.plan_key(trt, graph, precision, options), options)
+
+
+@pytest.fixture(scope="module")
+def default() -> Bundle:
+    return Bundle.open()
+
+
+@pytest.fixture(scope="module")
+def built(default: Bundle) -> dict[str, Plan]:
+    return {name: build(default.graph(name)) for name in GRAPHS}
+
+
+# Real engines ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_graph_of_the_default_bundle_builds(default: Bundle, built: dict[str, Plan], name: str) -> None:
+    onnx = pytest.importorskip("onnx")
+    plan = built[name]
+    assert len(plan.content) > 100_000
+    assert "CUMULATIVE" not in plan.layers and not any("PLUGIN" in layer for layer in plan.layers)
+    ops = [node.op_type for node in onnx.load(default.graph(name)).graph.node]
+    assert "CumSum" not in ops
+    for op, layer in (("Conv", "CONVOLUTION"), ("ConvTranspose", "DECONVOLUTION"), ("JrsGridSample3D", "GRID_SAMPLE")):
+        assert plan.layers.get(layer, 0) == ops.count(op)
+        assert plan.types.get(f"{layer} FLOAT", 0) == ops.count(op)
+
+
+def test_fp16_is_in_the_graph_and_the_head_stays_fp32(half: dict[str, Path]) -> None:
+    plan = build(half["registration"], precision="fp16")
+    # All but the last convolution, of 1x1x1.
+    assert plan.types["CONVOLUTION HALF"] == plan.layers["CONVOLUTION"] - 1
+    assert plan.types["CONVOLUTION FLOAT"] == 1
+    assert plan.types["DECONVOLUTION HALF"] == plan.layers["DECONVOLUTION"] == 4
+
+
+def test_bf16_builds_with_its_transposed_convolutions_in_fp32(narrow: dict[str, Path]) -> None:
+    plan = build(narrow["segmentation"], precision="bf16")
+    assert plan.types["CONVOLUTION BF16"] == plan.layers["CONVOLUTION"] - 1
+    assert plan.types["DECONVOLUTION FLOAT"] == 4
+
+
+def graphs_in(precision: Any, folder: Path) -> dict[str, Path]:
+    torch = pytest.importorskip("torch")
+    from jrs.architecture import Architecture
+    from jrs.export.graphs import build_graphs
+    from jrs.manifest import GridSpec, ModelSpec
+    from jrs.models.network import JointNet
+
+    torch.manual_seed(3)
+    spec = ModelSpec(architecture=Architecture(base_channels=8, norm="instance"), grid=GridSpec((32, 32, 32)))
+    files = {}
+    for name, model in build_graphs(JointNet(spec.architecture), spec, precision).items():
+        files[name] = folder / f"{name}.onnx"
+        files[name].write_bytes(model.SerializeToString())
+    return files
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return graphs_in("fp16", tmp_path_factory.mktemp("half"))
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return graphs_in("bf16", tmp_path_factory.mktemp("narrow"))
+
+
+# Refusals -------------------------------------------------------------------------------------------------
+
+
+def message(kind: type[Exception], *arguments: Any) -> str:
+    with pytest.raises(kind) as caught:
+        build(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_graph_that_is_none_is_named_with_the_librarys_reason(tmp_path: Path) -> None:
+    (tmp_path / "bundle7").mkdir()
+    bad = tmp_path / "bundle7" / "encoder.onnx"
+    bad.write_bytes(b"not a graph" * 20)
+    assert "bundle7/encoder.onnx" in message(BackendError, bad)
+
+
+def test_what_a_target_cannot_compute_is_said(default: Bundle) -> None:
+    """Turing has no FP32 3-D convolutions in TensorRT-RTX 1.7."""
+    text = message(BackendError, default.graph("encoder"), BuildOptions(capabilities=("SM75",)))
+    assert "SM75" in text and "default/encoder.onnx" in text
+
+
+def test_unknown_targets_and_silly_limits(default: Bundle) -> None:
+    assert "SM86" in message(UsageError, default.graph("transformer"), BuildOptions(capabilities=("SM10",)))
+    with pytest.raises(UsageError):
+        BuildOptions(optimization_level=9)
+    with pytest.raises(UsageError):
+        BuildOptions(workspace_mb=0)
+
+
+@no_gpu
+def test_without_a_gpu_only_ahead_of_time(default: Bundle) -> None:
+    assert "--capability" in message(BackendError, default.graph("encoder"), BuildOptions())
+
+
+def test_a_library_that_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(BackendError, match=r"jrs\[tensorrt\]"):
+        plans.import_library("tensorrt")
+
+
+# Keys and storage -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    path = tmp_path / "bundle7" / "encoder.onnx"
+    path.parent.mkdir()
+    path.write_bytes(b"content")
+    return path
+
+
+def test_the_key_holds_all_that_a_plan_depends_on(graph: Path) -> None:
+    key = plans.plan_key(trt, graph, "fp16", AHEAD)
+    assert key.onnx_sha256 == hashlib.sha256(b"content").hexdigest()
+    assert (key.library, key.library_version) == ("tensorrt_rtx", trt.__version__)
+    assert (key.capability, key.gpu, key.driver, key.precision) == ("SM120+SM86", "any", "any", "fp16")
+    for name in (f.name for f in dataclasses.fields(PlanKey)):
+        value = getattr(key, name)
+        other = dataclasses.replace(key, **{name: value + 1 if isinstance(value, int) else value + "x"})
+        assert other.digest != key.digest and other.file != key.file
+    graph.write_bytes(b"other content")
+    assert plans.plan_key(trt, graph, "fp16", AHEAD).digest != key.digest
+
+
+def test_a_stored_plan_comes_back_and_a_changed_one_does_not(graph: Path, tmp_path: Path) -> None:
+    key = plans.plan_key(trt, graph, "fp32", AHEAD)
+    plan = Plan(key, b"engine" * 100, {"CONVOLUTION": 3}, {"CONVOLUTION FLOAT": 3})
+    folder = tmp_path / "engines"
+    assert plans.load_plan(folder, key) is None
+    path = plans.store_plan(folder, plan)
+    assert plans.load_plan(folder, key) == plan.content
+    record = path.with_suffix(".json")
+    told = json.loads(record.read_text(encoding="utf-8"))
+    assert told["sha256"] == hashlib.sha256(plan.content).hexdigest() and told["layers"] == {"CONVOLUTION": 3}
+    for damage in (plan.content[:-1], plan.content[:-1] + b"X", b""):
+        path.write_bytes(damage)
+        assert plans.load_plan(folder, key) is None
+    path.write_bytes(plan.content)
+    told["key"]["driver"] = "other"
+    record.write_text(json.dumps(told), encoding="utf-8")
+    assert plans.load_plan(folder, key) is None
+    record.write_text("{", encoding="utf-8")
+    assert plans.load_plan(folder, key) is None
+    record.unlink()
+    assert plans.load_plan(folder, key) is None
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that has an RTX 3090, as far as keys go."""
+    device = cuda.Device("NVIDIA GeForce RTX 3090", (8, 6), 24 << 30)
+    monkeypatch.setattr(plans, "visible_devices", lambda: (device,))
+    monkeypatch.setattr(plans, "driver_version", lambda: "580.65")
+
+
+def test_plans_built_ahead_of_time_serve_the_gpus_they_name(graph: Path, on_a_gpu: None) -> None:
+    folder = plans.plan_folder(graph)
+    assert folder == graph.parent / "engines"
+    for options, content in ((AHEAD, b"right"), (BuildOptions(capabilities=("SM89",)), b"another GPU's")):
+        plans.store_plan(folder, Plan(plans.plan_key(trt, graph, "fp32", options), content))
+    assert plans.plan_key(trt, graph, "fp32", BuildOptions()).capability == "SM86"
+    assert plans.ready_plan(trt, graph, "fp32") == b"right"
+
+
+def test_what_cannot_be_trusted_is_built_again(default: Bundle, tmp_path: Path, on_a_gpu: None) -> None:
+    """The build itself fails here, as it needs the GPU that this test only claims to have; nothing is loaded."""
+    copy = tmp_path / "bundle7" / "transformer.onnx"
+    copy.parent.mkdir()
+    copy.write_bytes(default.graph("transformer").read_bytes())
+    key = plans.plan_key(trt, copy, "fp32", BuildOptions())
+    path = plans.store_plan(plans.plan_folder(copy), Plan(key, b"trusted"))
+    assert plans.ready_plan(trt, copy, "fp32") == b"trusted"
+    path.write_bytes(b"changed")
+    try:
+        fresh = plans.ready_plan(trt, copy, "fp32")
+    except BackendError:
+        return
+    assert fresh != b"changed" and plans.load_plan(plans.plan_folder(copy), key) == fresh
+
+
+def test_a_bundle_that_cannot_be_written_has_its_plans_in_the_users_cache(
+    graph: Path, default: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # The one that ships is left as it was installed, whoever runs this.
+    shipped = plans.plan_folder(default.graph("encoder"))
+    assert default.folder not in shipped.parents
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    elsewhere = plans.plan_folder(graph)
+    assert elsewhere not in (shipped, graph.parent / "engines")
+    assert elsewhere == plans.plan_folder(graph)
+
+
+# The command ----------------------------------------------------------------------------------------------
+
+
+def test_jrs_build(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from jrs.cli.main import run
+
+    arguments = ["build", str(tiny_bundle), "--library", "tensorrt-rtx", "--capability", "8.6", "--out", str(tmp_path)]
+    assert run(arguments) == 0
+    out = capsys.readouterr()
+    files = [Path(line) for line in out.out.splitlines()]
+    assert [f.name.split("-")[0] for f in files] == list(GRAPHS)
+    assert all(f.is_file() and f.with_suffix(".json").is_file() for f in files)
+    assert "grid_sample" in out.err and "built" in out.err
+    before = [f.stat().st_mtime_ns for f in files]
+    assert run(arguments) == 0
+    assert [f.stat().st_mtime_ns for f in files] == before
+    assert "was there" in capsys.readouterr().err
+    assert run([*arguments[:-4], "--capability", "GPU", "--out", str(tmp_path)]) == 2
+    assert run(["build", str(tiny_bundle), "--library", "tensorflow"]) == 2
+
+
+# The sampler where TensorRT has none ----------------------------------------------------------------------
+
+
+class Library:
+    """A stand-in that has a name and a version, which is all that is asked of it here."""
+
+    def __init__(self, name: str, version: str) -> None:
+        self.__name__, self.__version__ = name, version
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "native"),
+    [
+        ("tensorrt_rtx", "1.3.0.35", True),
+        ("tensorrt", "10.3.0", False),
+        ("tensorrt", "10.16.2.5", False),
+        ("tensorrt", "11.1.0.10", False),
+        ("tensorrt", "11.2.1", True),
+        ("tensorrt", "11.4.1.9", True),
+    ],
+)
+def test_which_libraries_sample_volumes(name: str, version: str, native: bool) -> None:
+    assert kernel.has_native_sampler(Library(name, version)) is native  # type: ignore[arg-type]
+
+
+def test_the_node_carries_what_the_plugin_registry_asks_for(default: Bundle) -> None:
+    onnx = pytest.importorskip("onnx")
+    (node,) = [n for n in onnx.load(default.graph("transformer")).graph.node if n.op_type == "JrsGridSample3D"]
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    assert attributes == {"plugin_namespace": b"jrs", "plugin_version": b"1", "aot": 1}
+    assert f"{attributes['plugin_namespace'].decode()}::{node.op_type}" == kernel.PLUGIN
+
+
+# On a device ----------------------------------------------------------------------------------------------
+
+
+@no_gpu
+def test_without_a_device_the_engine_says_so(default: Bundle) -> None:
+    from jrs.runtime.engines import EngineOptions
+    from jrs.runtime.engines.tensorrt import TensorRtRtxEngine
+
+    with pytest.raises(BackendError) as caught:
+        TensorRtRtxEngine(default.graph("encoder"), EngineOptions())
+    assert "tensorrt-rtx" in str(caught.value) and "CUDA device" in str(caught.value)
+
+
+@pytest.mark.skipif(not cuda.visible_devices(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "tensorrt", "ort-cuda"])
+def test_on_a_gpu_the_graphs_agree_with_the_cpu(default: Bundle, backend: str) -> None:
+    from jrs.runtime.engines import why_unavailable
+    from jrs.runtime.selftest import run_selftest
+
+    if why_unavailable(backend):
+        pytest.skip(str(why_unavailable(backend)))
+    result = run_selftest(default, backend, runs=2)
+    assert result.passed and np.isfinite(result.case_ms)
