@@ -128,7 +128,7 @@ LIBRARIES = {
     "core": EVERYWHERE,
     "models": LEARNING | {"onnx"},  # to read the weights inside a bundle
     "train": LEARNING | {"rich"},  # progress on stderr
-    "evaluate": RUNTIME | {"scipy", "matplotlib"},
+    "evaluate": RUNTIME | {"scipy", "matplotlib", "ants", "picsl_greedy"},
     "runtime": RUNTIME,
     "export": LEARNING | RUNTIME | {"onnx", "onnxscript"},
     "cli": LEARNING | RUNTIME | {"onnx", "onnxscript", "typer", "rich"},
