@@ -121,7 +121,7 @@ def test_the_runtime_loads_each_backend_when_it_is_asked_for() -> None:
 STANDARD = frozenset(sys.stdlib_module_names)
 EVERYWHERE = {"numpy", "nibabel"}
 RUNTIME = EVERYWHERE | {
-    *("onnxruntime", "openvino", "SimpleITK", "tensorrt", "tensorrt_rtx", "PIL", "filelock", "platformdirs")
+    *("onnxruntime", "openvino", "SimpleITK", "tensorrt", "tensorrt_rtx", "cuda", "PIL", "filelock", "platformdirs")
 }
 LEARNING = EVERYWHERE | {"torch", "monai", "lightning_fabric", "safetensors", "h5py", "tensorboard", "tomli"}
 LIBRARIES = {
@@ -129,7 +129,7 @@ LIBRARIES = {
     "models": LEARNING | {"onnx"},  # to read the weights inside a bundle
     # Progress on stderr, pictures of the validation, one process a cache.
     "train": LEARNING | {"rich", "PIL", "filelock"},
-    "evaluate": RUNTIME | {"scipy", "matplotlib"},
+    "evaluate": RUNTIME | {"scipy", "matplotlib", "ants", "picsl_greedy"},
     "runtime": RUNTIME,
     "export": LEARNING | RUNTIME | {"onnx", "onnxscript"},
     "cli": LEARNING | RUNTIME | {"onnx", "onnxscript", "typer", "rich"},

@@ -41,10 +41,9 @@ def test_a_peer_finds_a_known_affine(
 
 
 @pytest.mark.slow
-def test_a_program_that_fails_is_an_error_of_its_own(phantom: Any) -> None:
+def test_a_program_that_fails_is_an_error_of_its_own() -> None:
     pytest.importorskip("picsl_greedy")
-    image = phantom.image("t1")
-    grid = Geometry(image.shape, image.affine)
-    flat = Volume(np.full(image.shape, np.nan, dtype=np.float32), grid)
-    with pytest.raises(BackendError, match="greedy: ended with exit code"):
-        register("greedy", flat, flat)
+    # ITK smooths no image of fewer than four voxels.
+    tiny = Volume(np.zeros((3, 3, 3), dtype=np.float32), Geometry((3, 3, 3), np.eye(4)))
+    with pytest.raises(BackendError, match=r"greedy: ended with exit code 1 \(ITK ERROR"):
+        register("greedy", tiny, tiny)

@@ -198,7 +198,7 @@ def test_starting_from_other_weights(tmp_path: Path) -> None:
 
 def test_a_single_image_makes_no_pair(tmp_path: Path) -> None:
     maps = label_maps().subset([0])
-    assert maps.names == ("map0",) and maps.tissues.shape == (1, *SHAPE)
+    assert maps.names == ("map0",) and maps.classes.shape == (1, *SHAPE)
     config = train_config()
     alone = SyntheticPairs(maps, config.model, config.synthesis, 0)
     with pytest.raises(ConfigurationError, match="at least 2"):

@@ -129,7 +129,8 @@ def _greedy(work: Path, threads: int) -> None:
     # The deformable stage alone: the affine's line search fails behind a moving mask.
     for option, mask in (("-gm", work / "fixed_cost.nii"), ("-mm", work / "moving_cost.nii")):
         masks += f" {option} {mask}" if mask.exists() else ""
-    options = f"-d 3 -m NCC 2x2x2 -n 100x50x10 -V 0{f' -threads {threads}' if threads else ''}"
+    # Its affine draws where it samples: without a seed, every run is another.
+    options = f"-d 3 -m NCC 2x2x2 -n 100x50x10 -seed 1 -V 0{f' -threads {threads}' if threads else ''}"
     greedy.execute(f"{options} {pair} -a -ia-image-centers -o {work}/affine.mat")
     greedy.execute(f"{options} {pair}{masks} -it {work}/affine.mat -o {work}/warp.nii.gz")
     greedy.execute(f"-d 3 -rf {work}/fixed.nii -r {work}/warp.nii.gz {work}/affine.mat -rc {work / TOTAL} -V 0")
