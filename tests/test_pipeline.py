@@ -309,7 +309,8 @@ def test_the_report_has_its_keys(run: Run, tiny_bundle: Path) -> None:
     assert report["bundle"] == {"name": "tiny", "sha256": digest}
     assert report["engine"] == {"backend": "ort-cpu", "device": "CPU", "precision": "fp32"}
     assert report["modalities"] == list(MODALITIES)
-    assert report["warnings"] == []
+    # Random weights deform at random: the report has to say so, and nothing else is wrong.
+    assert all("less like the atlas" in warning for warning in report["warnings"])
     assert report["versions"]["numpy"] == np.__version__ and report["versions"]["jrs"]
     assert list(report["label_values"].values()) == [0, 1, 2, 4]
     assert set(report["jacobian"]) >= {"folding_percent", "inside_tumor", "outside_tumor"}
@@ -397,7 +398,7 @@ def test_without_segmentation_and_inverse_their_files_are_absent(
 ) -> None:
     result = pipeline.infer(phantom.folder, phantom.atlas, affine="off", segment=False, inverse=False)
     folder = result.save(tmp_path)
-    assert {path.name for path in folder.iterdir()} == EVERY - {SEG_NATIVE, SEG_MOVED, INVERSE}
+    assert {path.name for path in folder.iterdir()} == EVERY - beside(SEG_NATIVE, SEG_MOVED, INVERSE) - COLORS
     report = strict_json(folder / "case7_report.json")
     assert report["volumes_ml"] is None and report["volume_ratio"] is None
     assert report["jacobian"]["inside_tumor"] is None
@@ -415,7 +416,7 @@ def test_a_bundle_without_segmentation_gives_none(
 
     with Pipeline.open(changed_bundle(no_labels), "ort-cpu", threads=1) as opened:
         folder = opened.infer(phantom.folder, phantom.atlas, affine="off").save(tmp_path)
-    assert {path.name for path in folder.iterdir()} == EVERY - {SEG_NATIVE, SEG_MOVED}
+    assert {path.name for path in folder.iterdir()} == EVERY - beside(SEG_NATIVE, SEG_MOVED) - COLORS
     assert strict_json(folder / "case7_report.json")["volumes_ml"] is None
 
 
@@ -569,7 +570,7 @@ def test_a_missing_modality_is_a_warning(quick: Callable[..., Result], tmp_path:
     result = quick(modality="t1")
     assert any("t1ce, t2, flair" in warning for warning in result.warnings)
     folder = result.save(tmp_path)
-    moved = {path.name for path in folder.glob("*desc-moved*")}
+    moved = {path.name for path in folder.glob("*desc-moved*.nii.gz")}
     assert moved == {MOVED["t1"]}
     report = strict_json(folder / "case7_report.json")
     assert report["modalities"] == ["t1"] and report["warnings"] == list(result.warnings)
