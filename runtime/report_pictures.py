@@ -98,8 +98,7 @@ class Look:
     @cached_property
     def tumor_center(self) -> FloatArray | None:
         """Centre of mass of all labels, RAS mm; None without a tumour."""
-        where = np.empty((0, 3)) if self.labels is None else np.argwhere(self.labels != 0)
-        return self.volume.geometry.to_ras(where.mean(axis=0)) if where.size else None
+        return None if self.labels is None else label_center(self.labels, self.volume.geometry)
 
     def grey(self, plane: _Plane) -> Array:
         """The image on a plane, (rows, columns), 1st to 99th percentile of the foreground mapped to 0..1."""
@@ -116,6 +115,13 @@ class Look:
             for values, color in CLASSES.values():
                 picture[_edge(np.isin(labels, values))] = _bytes_of(color)
         return picture
+
+
+def label_center(labels: Labels, grid: Geometry) -> FloatArray | None:
+    """Centre of mass of all labels, RAS mm; None without one."""
+    where = np.flatnonzero(labels != 0)  # several times faster than argwhere
+    index = np.unravel_index(where, labels.shape)
+    return grid.to_ras(np.array([axis.mean() for axis in index])) if where.size else None
 
 
 def _views(
@@ -211,7 +217,7 @@ def _checkerboard(plane: _Plane, one: Picture, two: Picture) -> Picture:
 def _pane(picture: Picture, plane: _Plane, alt: str, key: str) -> str:
     """One picture with its direction letters; ``data-origin`` is the upper left pixel in RAS mm."""
     png = io.BytesIO()
-    Image.fromarray(picture).save(png, "PNG")
+    Image.fromarray(picture).save(png, "PNG", compress_level=4)  # level 6 takes longer for a few percent
     ends = zip("wens", _ENDS[plane.axes[0]] + _ENDS[plane.axes[1]], strict=True)
     return (
         f'<div class="pane"><img src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}" '

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from jrs.geometry import FloatArray, Geometry
 from jrs.resources import DATA
 from jrs.runtime.colors import CLASS_COLORS, CLASS_NAMES
+from jrs.runtime.report_pictures import label_center
 from jrs.runtime.sampling import affine_coords, sample, sample_along_axes, sample_nearest
 from jrs.volume import Volume, foreground_mask
 
@@ -64,15 +65,13 @@ def viewer(
         packed["change"] = _packed(_signed(change), coarse, CHANGE_LIMIT / 127.0)
         limits = {"cal_min": 0.05, "cal_max": CHANGE_LIMIT, "cal_minNeg": -CHANGE_LIMIT, "cal_maxNeg": -0.05}
         options["change"] = _shown("change", "blue2cyan", colormapNegative="warm", opacity=0.0, **limits)
-    center = middle
+    center = None
     if labels is not None:
-        there = labels != 0
-        if there.any():
-            center = fixed.geometry.to_ras(np.argwhere(there).mean(axis=0))
+        center = label_center(labels, fixed.geometry)
         coords = affine_coords(grid.shape, fixed.geometry.inverse @ grid.affine)
         packed["labels"] = _packed(sample_nearest(labels, coords), grid, intent=1002)
         options["labels"] = _shown("labels", "gray") | {"colors": _label_colors(int(labels.max(initial=3)))}
-    return _section(packed, options, center)
+    return _section(packed, options, middle if center is None else center)
 
 
 def viewer_grid(fixed: Volume) -> Geometry:

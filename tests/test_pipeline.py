@@ -112,7 +112,7 @@ def run(pipeline: Pipeline, phantom: Any, tmp_path_factory: pytest.TempPathFacto
 
     pipeline.network.segment = keeping  # type: ignore[method-assign]
     try:
-        result = pipeline.infer(phantom.folder, phantom.atlas)
+        result = pipeline.infer(phantom.folder, phantom.atlas, refine=0)
     finally:
         del pipeline.network.segment
     return Run(result, result.save(out), kept["probabilities"])
@@ -309,7 +309,8 @@ def test_the_report_has_its_keys(run: Run, tiny_bundle: Path) -> None:
     assert report["bundle"] == {"name": "tiny", "sha256": digest}
     assert report["engine"] == {"backend": "ort-cpu", "device": "CPU", "precision": "fp32"}
     assert report["modalities"] == list(MODALITIES)
-    assert report["warnings"] == []
+    # Random weights deform at random: the report has to say so, and nothing else is wrong.
+    assert all("less like the atlas" in warning for warning in report["warnings"])
     assert report["versions"]["numpy"] == np.__version__ and report["versions"]["jrs"]
     assert list(report["label_values"].values()) == [0, 1, 2, 4]
     assert set(report["jacobian"]) >= {"folding_percent", "inside_tumor", "outside_tumor"}
@@ -399,7 +400,7 @@ def test_without_segmentation_and_inverse_their_files_are_absent(
 ) -> None:
     result = pipeline.infer(phantom.folder, phantom.atlas, affine="off", segment=False, inverse=False)
     folder = result.save(tmp_path)
-    assert {path.name for path in folder.iterdir()} == EVERY - {SEG_NATIVE, SEG_MOVED, INVERSE}
+    assert {path.name for path in folder.iterdir()} == EVERY - beside(SEG_NATIVE, SEG_MOVED, INVERSE) - COLORS
     report = strict_json(folder / "case7_report.json")
     assert report["volumes_ml"] is None and report["volume_ratio"] is None
     assert report["jacobian"]["inside_tumor"] is None
@@ -417,7 +418,7 @@ def test_a_bundle_without_segmentation_gives_none(
 
     with Pipeline.open(changed_bundle(no_labels), "ort-cpu", threads=1) as opened:
         folder = opened.infer(phantom.folder, phantom.atlas, affine="off").save(tmp_path)
-    assert {path.name for path in folder.iterdir()} == EVERY - {SEG_NATIVE, SEG_MOVED}
+    assert {path.name for path in folder.iterdir()} == EVERY - beside(SEG_NATIVE, SEG_MOVED) - COLORS
     assert strict_json(folder / "case7_report.json")["volumes_ml"] is None
 
 
@@ -426,7 +427,7 @@ def test_backends_agree(tiny_bundle: Path, phantom: Any, truth_file: Path) -> No
     results = []
     for backend in available_backends():
         with Pipeline.open(tiny_bundle, backend, "fp32", 1) as opened:
-            results.append(opened.infer(phantom.folder, phantom.atlas, affine=str(truth_file), inverse=False))
+            results.append(opened.infer(phantom.folder, phantom.atlas, affine=str(truth_file), inverse=False, refine=0))
     one, two = results
     assert one.engine.backend != two.engine.backend
     assert (one.labels_native == two.labels_native).mean() > 0.999
@@ -571,7 +572,7 @@ def test_a_missing_modality_is_a_warning(quick: Callable[..., Result], tmp_path:
     result = quick(modality="t1")
     assert any("t1ce, t2, flair" in warning for warning in result.warnings)
     folder = result.save(tmp_path)
-    moved = {path.name for path in folder.glob("*desc-moved*")}
+    moved = {path.name for path in folder.glob("*desc-moved*.nii.gz")}
     assert moved == {MOVED["t1"]}
     report = strict_json(folder / "case7_report.json")
     assert report["modalities"] == ["t1"] and report["warnings"] == list(result.warnings)
@@ -686,8 +687,8 @@ def test_a_case_stored_in_another_orientation_gives_the_same(
 ) -> None:
     """Same field on the atlas, same labels mapped back; rounding alone differs (measured: 2e-5 mm, no label)."""
     folder = folder_stored_as(phantom, helpers, tmp_path / codes, codes)
-    want = pipeline.infer(phantom.folder, phantom.atlas, affine=str(truth_file))
-    got = pipeline.infer(folder, phantom.atlas, affine=str(truth_file))
+    want = pipeline.infer(phantom.folder, phantom.atlas, affine=str(truth_file), refine=0)
+    got = pipeline.infer(folder, phantom.atlas, affine=str(truth_file), refine=0)
     assert got.native.orientation == codes != want.native.orientation
     assert np.abs(got.field.vectors_mm - want.field.vectors_mm).max() < 1e-3
     assert np.abs(got.jacobian - want.jacobian).max() < 1e-3
@@ -711,8 +712,8 @@ def test_an_atlas_stored_in_another_orientation_gives_the_same(
     image = nib.load(phantom.atlas)
     data, affine = helpers.stored_as(np.asarray(image.dataobj), image.affine, codes)
     atlas = helpers.write_image(tmp_path / "phantom_atlas.nii.gz", np.ascontiguousarray(data), affine)
-    want = pipeline.infer(phantom.folder, phantom.atlas, affine=str(truth_file), inverse=False)
-    got = pipeline.infer(phantom.folder, atlas, affine=str(truth_file), inverse=False)
+    want = pipeline.infer(phantom.folder, phantom.atlas, affine=str(truth_file), inverse=False, refine=0)
+    got = pipeline.infer(phantom.folder, atlas, affine=str(truth_file), inverse=False, refine=0)
     assert (got.labels_native == want.labels_native).mean() > 0.9999
     back, _ = helpers.stored_as(got.moved["t1"], np.asarray(got.fixed.geometry.affine), "LAS")
     assert np.abs(back - want.moved["t1"]).max() < 0.05
@@ -727,7 +728,7 @@ def test_the_whole_way_does_not_depend_on_orientation(
 ) -> None:
     """With the affine found anew: its optimiser may end a little elsewhere."""
     folder = folder_stored_as(phantom, helpers, tmp_path / "SLP", "SLP")
-    got = pipeline.infer(folder, phantom.atlas)
+    got = pipeline.infer(folder, phantom.atlas, refine=0)
     brain = foreground(np.asarray(run.result.fixed.data))
     difference = np.linalg.norm(got.field.vectors_mm - run.result.field.vectors_mm, axis=0)[brain]
     assert np.percentile(difference, 95) < 0.3
