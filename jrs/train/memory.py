@@ -78,7 +78,8 @@ def parameter_counts(architecture: Architecture) -> dict[str, int]:
     """Weights of each part of the network, by the part's name."""
     with torch.device("meta"):
         net = JointNet(architecture)
-    return {name: sum(p.numel() for p in part.parameters()) for name, part in net.named_children()}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in net.named_children()}
+    return {name: count for name, count in counts.items() if count}
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -73,7 +73,7 @@ def describe(config: TrainConfig) -> str:
     share = share_of(config, devices * nodes)
     counts = parameter_counts(config.model.architecture)
     memory = estimate_memory(config, share)
-    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     steps = (
         f"{config.steps_per_epoch * config.epochs:,} ({config.epochs} epochs of {config.steps_per_epoch})"
         if config.steps_per_epoch
