@@ -233,7 +233,7 @@ def test_the_grids_orientation_does_not_matter(pair: tuple[Volume, Volume, Geome
     assert b.displacement.geometry.orientation == orientation
     dense = [Transform(np.eye(4), found.displacement, 1).dense(grid).vectors_mm for found in (a, b)]
     apart = np.abs(dense[0] - dense[1])
-    assert apart.mean() < 0.01 and np.quantile(apart, 0.999) < 0.1
+    assert apart.mean() < 0.01 and np.quantile(apart, 0.999) < 0.3
 
 
 def test_opposite_contrasts_without_a_shared_modality(pair: tuple[Volume, Volume, Geometry]) -> None:
