@@ -34,6 +34,9 @@ DATA = (
     "jrs/data/atlases/sri24_t1.nii.gz",
     "jrs/data/atlases/LICENSE_SRI24.txt",
     "jrs/data/graphs/sampler.onnx",
+    "jrs/data/graphs/probe_convolution.onnx",
+    "jrs/data/graphs/probe_sampler.onnx",
+    "jrs/data/kernels/grid_sample_3d.cu",
     "jrs/data/configs/default.toml",
     "jrs/data/configs/paper.toml",
 )

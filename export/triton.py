@@ -140,7 +140,7 @@ def _write_ensemble(folder: Path, models: Mapping[str, onnx.ModelProto], with_at
         own = _tensors(models[step.model].graph.output)
         shapes |= {theirs: own[name] for name, theirs in step.outputs.items()}
     image = _tensors(models[PREFIX + "encoder"].graph.input)
-    results = {name: shapes[name] for name in ("probabilities", "moved", "displacement") if name in shapes}
+    results = {name: shape for name, shape in shapes.items() if name in ("probabilities", "moved", "displacement")}
     lines = [f'name: "{ENSEMBLE}"', 'platform: "ensemble"', "max_batch_size: 0"]
     lines += [*_tensor_lines("input", image), *_tensor_lines("output", results), "ensemble_scheduling {", "  step ["]
     for index, step in enumerate(steps):
