@@ -41,6 +41,9 @@ DATA = (
     "jrs/data/report/niivue.umd.js.gz",
     "jrs/data/report/LICENSE_NIIVUE.txt",
     "jrs/data/schemas/report-1.json",
+    "jrs/data/graphs/probe_convolution.onnx",
+    "jrs/data/graphs/probe_sampler.onnx",
+    "jrs/data/kernels/grid_sample_3d.cu",
     "jrs/data/configs/default.toml",
     "jrs/data/configs/paper.toml",
 )

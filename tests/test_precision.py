@@ -16,7 +16,7 @@ from jrs.bundle import AccuracyRecord, Bundle  # noqa: E402
 from jrs.errors import BackendError  # noqa: E402
 from jrs.export.accuracy import _compare, _Outcome, _Pair  # noqa: E402
 from jrs.export.exporter import ParityError, export_bundle  # noqa: E402
-from jrs.export.graphs import EncoderGraph, SegmentationGraph, build_graphs  # noqa: E402
+from jrs.export.graphs import EncoderGraph, SegmentationGraph  # noqa: E402
 from jrs.export.parity import GraphSession  # noqa: E402
 from jrs.geometry import Geometry  # noqa: E402
 from jrs.manifest import GridSpec, ModelSpec  # noqa: E402
@@ -93,22 +93,23 @@ def test_the_weights_come_back_rounded(narrow: Bundle, net: JointNet) -> None:
         np.testing.assert_allclose(back[name].numpy(), value.numpy(), rtol=2**-8, atol=1e-30, err_msg=name)
 
 
-def test_rounded_fp32_is_what_pytorch_computes_in_bf16(net: JointNet) -> None:
+def test_rounded_fp32_is_what_pytorch_computes_in_bf16(narrow: Bundle, net: JointNet) -> None:
     """PyTorch's own BF16 kernels: FP32 sums, results rounded."""
-    graphs = build_graphs(net, SPEC, "bf16")
+    graphs = {name: onnx.load(narrow.graph(name)) for name in ("encoder", "segmentation")}
     image = torch.randn(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         codes = EncoderGraph(net, "bf16")(image)
         probabilities = SegmentationGraph(net, "bf16")(*codes)
         exact = net.encoder(image)
     got = GraphSession(graphs["encoder"])(image=image.numpy())
-    for name, ours, fp32 in zip(got, codes, exact, strict=True):
+    # A sum in another order rounds to the other side now and then, and every level adds to that.
+    for name, ours, fp32, share in zip(got, codes, exact, (0.05, 0.2, 1.0, 1.0, 1.0), strict=True):
         assert got[name].dtype == np.float32
         # All values are BF16 numbers, near PyTorch's, and nearer to them than to FP32's.
         assert not (got[name].view(np.uint32) & 0xFFFF).any()
         apart = np.abs(got[name] - ours.numpy())
         rounding = np.abs(ours.numpy() - fp32.numpy())
-        assert apart.mean() < 0.5 * rounding.mean()
+        assert apart.mean() < share * rounding.mean()
     feed = {f"code{k + 1}": code.numpy() for k, code in enumerate(codes)}
     probable = GraphSession(graphs["segmentation"])(**feed)["probabilities"]
     np.testing.assert_allclose(probable, probabilities.numpy(), atol=0.02)

@@ -55,44 +55,34 @@ def test_every_graph_of_the_default_bundle_builds(default: Bundle, built: dict[s
         assert plan.types.get(f"{layer} FLOAT", 0) == ops.count(op)
 
 
-def test_fp16_is_in_the_graph_and_the_head_stays_fp32(half: dict[str, Path]) -> None:
-    plan = build(half["registration"], precision="fp16")
-    # All but the last convolution, of 1x1x1.
-    assert plan.types["CONVOLUTION HALF"] == plan.layers["CONVOLUTION"] - 1
+@pytest.mark.parametrize(("precision", "name", "transposed"), [("fp16", "HALF", "HALF"), ("bf16", "BF16", "FLOAT")])
+def test_the_precision_is_in_the_graph_and_the_head_stays_fp32(
+    tmp_path: Path, precision: str, name: str, transposed: str
+) -> None:
+    plan = build(registration_in(precision, tmp_path), precision=precision)
+    # All but the last convolution, of 1x1x1; in BF16 there are no transposed ones.
+    assert plan.types[f"CONVOLUTION {name}"] == plan.layers["CONVOLUTION"] - 1
     assert plan.types["CONVOLUTION FLOAT"] == 1
-    assert plan.types["DECONVOLUTION HALF"] == plan.layers["DECONVOLUTION"] == 4
+    assert plan.types[f"DECONVOLUTION {transposed}"] == plan.layers["DECONVOLUTION"] == 4
 
 
-def test_bf16_builds_with_its_transposed_convolutions_in_fp32(narrow: dict[str, Path]) -> None:
-    plan = build(narrow["segmentation"], precision="bf16")
-    assert plan.types["CONVOLUTION BF16"] == plan.layers["CONVOLUTION"] - 1
-    assert plan.types["DECONVOLUTION FLOAT"] == 4
-
-
-def graphs_in(precision: Any, folder: Path) -> dict[str, Path]:
+def registration_in(precision: Any, folder: Path) -> Path:
+    """A small registration graph of random weights, traced in a precision."""
     torch = pytest.importorskip("torch")
     from jrs.architecture import Architecture
-    from jrs.export.graphs import build_graphs
+    from jrs.export import graphs
     from jrs.manifest import GridSpec, ModelSpec
     from jrs.models.network import JointNet
 
     torch.manual_seed(3)
-    spec = ModelSpec(architecture=Architecture(base_channels=8, norm="instance"), grid=GridSpec((32, 32, 32)))
-    files = {}
-    for name, model in build_graphs(JointNet(spec.architecture), spec, precision).items():
-        files[name] = folder / f"{name}.onnx"
-        files[name].write_bytes(model.SerializeToString())
-    return files
-
-
-@pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return graphs_in("fp16", tmp_path_factory.mktemp("half"))
-
-
-@pytest.fixture(scope="module")
-def narrow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return graphs_in("bf16", tmp_path_factory.mktemp("narrow"))
+    spec = ModelSpec(architecture=Architecture(base_channels=4, norm="instance"), grid=GridSpec((32, 32, 32)))
+    module = graphs.RegistrationGraph(JointNet(spec.architecture).eval(), precision)
+    names = graphs.code_names("moving_") + graphs.code_names("fixed_")
+    codes = graphs.example_codes(spec) + graphs.example_codes(spec)
+    model = graphs._trace(module, codes, names, ["flow"], graphs.opset_of(precision))
+    path = folder / "registration.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
 
 
 # Refusals -------------------------------------------------------------------------------------------------
