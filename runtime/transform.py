@@ -17,8 +17,11 @@ Array = npt.NDArray[np.float32]
 
 FADE_MM = 24.0
 """Outside the network's grid the displacement falls to zero within this distance."""
-_INVERSION_STEPS = 24
-_FULL_STEPS = 12
+_INVERSION_SPACING_MM = 2.0
+"""The inverse is found on voxels no smaller than this, and then settled at the points that are asked for."""
+_INVERSION_STEPS = 12
+_FULL_STEPS = 8
+_SETTLING_STEPS = 12
 _INVERSION_TOLERANCE_MM = 0.005
 
 
@@ -62,10 +65,13 @@ class Transform:
 
     @cached_property
     def inverse_displacement(self) -> DisplacementField | None:
-        """v with (z + v(z)) + u(z + v(z)) = z, on the faded grid, by fixed-point iteration v <- -u(z + v)."""
+        """v with (z + v(z)) + u(z + v(z)) = z, on the faded grid or a coarser one, by iterating v <- -u(z + v)."""
         if self.field is None:
             return None
-        field, grid = self.field, self.field.geometry
+        grid = _coarsened(self.field.geometry, _INVERSION_SPACING_MM)
+        field = self.field
+        if grid != field.geometry:
+            field = DisplacementField(self.displaced(field, grid, 0, grid.shape[0]), grid)
         to_voxels = grid.inverse[:3, :3].astype(np.float32)
         index = affine_coords(grid.shape, np.eye(4))
         v = np.zeros_like(field.vectors_mm)
@@ -88,14 +94,24 @@ class Transform:
             z = affine_coords(moving.shape, back.affine, start, stop)
             v = self.displaced(self.inverse_displacement, back, start, stop)
             if self.field is not None:
-                # One more step on this grid, where there is a displacement, takes away what interpolating v cost.
-                where = np.abs(v).max(axis=0) > _INVERSION_TOLERANCE_MM
-                points = (z[:, where] + v[:, where])[:, :, None, None]
-                coords = to_voxel_coords(points, self.field.geometry)
-                v[:, where] = -sample(self.field.vectors_mm, coords, 0.0, self.threads)[:, :, 0, 0]
+                self._settle(self.field, z, v)
             x = z + v
             out[:, start:stop] = x - affine_coords(moving.shape, moving.affine, start, stop)
         return DisplacementField(out, moving)
+
+    def _settle(self, field: DisplacementField, z: Array, v: Array) -> None:
+        """Iterate v <- -u(z + v) at the points z themselves, in place, until it moves no more."""
+        where = np.flatnonzero(np.abs(v).reshape(3, -1).max(axis=0) > _INVERSION_TOLERANCE_MM)
+        start, found = z.reshape(3, -1), v.reshape(3, -1)
+        for step in range(_SETTLING_STEPS):
+            if where.size == 0:
+                break
+            now = found[:, where]
+            coords = to_voxel_coords((start[:, where] + now)[:, :, None, None], field.geometry)
+            change = -sample(field.vectors_mm, coords, 0.0, self.threads)[:, :, 0, 0] - now
+            # As above: where full steps still swing, half steps settle.
+            found[:, where] = now + (change if step < _SETTLING_STEPS // 2 else 0.5 * change)
+            where = where[np.abs(change).max(axis=0) > _INVERSION_TOLERANCE_MM]
 
     def points(self, points_ras: npt.ArrayLike) -> FloatArray:
         """Map fixed points (n,3) to moving points (n,3), RAS mm."""
@@ -105,6 +121,17 @@ class Transform:
             points = points + sample(self.field.vectors_mm, coords, 0.0, self.threads)[:, :, 0, 0].T
         result: FloatArray = points @ self.affine[:3, :3].T + self.affine[:3, 3]
         return result
+
+
+def _coarsened(grid: Geometry, spacing_mm: float) -> Geometry:
+    """The grid with the same first voxel, covering the same, of voxels no smaller than ``spacing_mm``."""
+    scales = [max(1.0, spacing_mm / spacing) for spacing in grid.spacing]
+    if max(scales) == 1.0:
+        return grid
+    a, b, c = (int(np.ceil((n - 1) / scale)) + 1 for n, scale in zip(grid.shape, scales, strict=True))
+    affine = grid.affine.copy()
+    affine[:3, :3] *= np.array(scales)
+    return Geometry((a, b, c), affine)
 
 
 def to_voxel_coords(points: Array, grid: Geometry) -> Array:
