@@ -91,7 +91,7 @@ def trials(register: Register, image: Path, fixed: Path, count: int, threads: in
             reached = apply_affine(np.linalg.inv(wrong) @ found, corners)
             error_mm = float(np.linalg.norm(reached - wanted, axis=1).mean())
             rows.append((error_mm if np.isfinite(error_mm) else 999.0, wall, cpu))
-            print(f"{register.__name__} {image.name} {rows[-1][0]:.2f} mm {wall:.1f} s", file=sys.stderr)
+            print(f"{register.__name__} {image.name} {rows[-1][0]:.2f} mm {wall:.1f} s ({cpu:.1f} s of processor)", file=sys.stderr, flush=True)
     return rows
 
 
@@ -105,11 +105,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     programs: list[tuple[str, Register, int]] = [("jrs", ours, options.trials)]
-    if find_spec("ants") and options.peer_trials:
-        programs.append(("ANTs", by_ants, options.peer_trials))
-    if find_spec("picsl_greedy") and options.peer_trials:
-        programs.append(("greedy", by_greedy, options.peer_trials))
+    programs += [("ANTs", by_ants, options.peer_trials)] if find_spec("ants") else []
+    programs += [("greedy", by_greedy, options.peer_trials)] if find_spec("picsl_greedy") else []
     for name, register, count in programs:
+        if not count:
+            continue
         rows = [row for i in options.images for row in trials(register, i, options.fixed, count, options.threads)]
         errors, wall, cpu = np.array(rows).T
         print(
