@@ -128,7 +128,8 @@ def pyramid(
     threads: int | None = None,
 ) -> Pyramid:
     """Bring ``modalities`` of an image onto the grids through ``affine`` (grid to image, RAS mm)."""
-    volumes = [images[name] for name in modalities]
+    # The axes nearest to RAS first: what comes out does not depend on how a file stores its voxels.
+    volumes = [images[name].canonical() for name in modalities]
     finer: tuple[Geometry, Array] | None = None
     sampled = []
     for grid in reversed(grids):

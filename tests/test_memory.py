@@ -105,6 +105,9 @@ def test_values_are_counted_as_the_network_makes_them() -> None:
             module.register_forward_hook(hook)
     with torch.no_grad():
         net(torch.zeros(1, 4, 32, 32, 32), torch.zeros(1, 4, 32, 32, 32))
+    # Both ways: the registration decoder, which is the segmentation's for one image, a second time.
+    alone, both = (values_per_voxel(Architecture(num_labels=0), both_ways) for both_ways in (False, True))
+    assert both - alone == pytest.approx((values_per_voxel(Architecture()) - alone) / 2, rel=1e-6)
     # With a norm two more of each are kept.
     with_norm, without = (values_per_voxel(Architecture(norm=norm)) for norm in ("instance", "none"))  # type: ignore[arg-type]
     assert with_norm - without == pytest.approx(2 * seen / 32**3, rel=1e-6)

@@ -687,8 +687,8 @@ def test_a_case_stored_in_another_orientation_gives_the_same(
 ) -> None:
     """Same field on the atlas, same labels mapped back; rounding alone differs (measured: 2e-5 mm, no label)."""
     folder = folder_stored_as(phantom, helpers, tmp_path / codes, codes)
-    want = pipeline.infer(phantom.folder, phantom.atlas, affine=str(truth_file), refine=0)
-    got = pipeline.infer(folder, phantom.atlas, affine=str(truth_file), refine=0)
+    want = pipeline.infer(phantom.folder, phantom.atlas, affine=str(truth_file))
+    got = pipeline.infer(folder, phantom.atlas, affine=str(truth_file))
     assert got.native.orientation == codes != want.native.orientation
     assert np.abs(got.field.vectors_mm - want.field.vectors_mm).max() < 1e-3
     assert np.abs(got.jacobian - want.jacobian).max() < 1e-3
@@ -712,8 +712,8 @@ def test_an_atlas_stored_in_another_orientation_gives_the_same(
     image = nib.load(phantom.atlas)
     data, affine = helpers.stored_as(np.asarray(image.dataobj), image.affine, codes)
     atlas = helpers.write_image(tmp_path / "phantom_atlas.nii.gz", np.ascontiguousarray(data), affine)
-    want = pipeline.infer(phantom.folder, phantom.atlas, affine=str(truth_file), inverse=False, refine=0)
-    got = pipeline.infer(phantom.folder, atlas, affine=str(truth_file), inverse=False, refine=0)
+    want = pipeline.infer(phantom.folder, phantom.atlas, affine=str(truth_file), inverse=False)
+    got = pipeline.infer(phantom.folder, atlas, affine=str(truth_file), inverse=False)
     assert (got.labels_native == want.labels_native).mean() > 0.9999
     back, _ = helpers.stored_as(got.moved["t1"], np.asarray(got.fixed.geometry.affine), "LAS")
     assert np.abs(back - want.moved["t1"]).max() < 0.05
@@ -728,7 +728,7 @@ def test_the_whole_way_does_not_depend_on_orientation(
 ) -> None:
     """With the affine found anew: its optimiser may end a little elsewhere."""
     folder = folder_stored_as(phantom, helpers, tmp_path / "SLP", "SLP")
-    got = pipeline.infer(folder, phantom.atlas, refine=0)
+    got = pipeline.infer(folder, phantom.atlas)
     brain = foreground(np.asarray(run.result.fixed.data))
     difference = np.linalg.norm(got.field.vectors_mm - run.result.field.vectors_mm, axis=0)[brain]
     assert np.percentile(difference, 95) < 0.3

@@ -24,7 +24,7 @@ from jrs.train.devices import process_counts, share_of
 # Bytes held for each byte that is counted: input, output and gradient of the layer at work, and layout copies.
 _HELD_PER_COUNTED = 1.58
 # FP32 values a voxel of one pair outside the network: logits, probabilities, warped images, the terms of the loss.
-_LOSS_VALUES = 141
+_LOSS_VALUES = 90
 # What the libraries allocate once, whatever the size.
 _LIBRARIES = 60_000_000
 
@@ -50,15 +50,18 @@ def estimate_memory(config: TrainConfig, share: int) -> MemoryEstimate:
     for side in config.model.grid.shape:
         voxels *= side
     width = 4 if config.precision == "fp32" else 2
-    counted = values_per_voxel(config.model.architecture) * width * _HELD_PER_COUNTED
+    counted = values_per_voxel(config.model.architecture, config.loss.both_ways) * width * _HELD_PER_COUNTED
     # FP32 each: weight, gradient, Adam's two moments, and the average with the copy it is exchanged for.
     copies = 6 if config.optimizer.ema_decay else 4
     weights = 4 * copies * sum(parameter_counts(config.model.architecture).values())
     return MemoryEstimate(int(voxels * (counted + 4 * _LOSS_VALUES)), weights)
 
 
-def values_per_voxel(architecture: Architecture) -> float:
-    """Values that a pair's backward pass needs of the network's layers, a voxel of the grid."""
+def values_per_voxel(architecture: Architecture, both_ways: bool = False) -> float:
+    """Values that a pair's backward pass needs of the network's layers, a voxel of the grid.
+
+    ``both_ways``: the registration decoder runs a second time, from the exchanged codes.
+    """
     # Of a convolution its activation; with a norm also what went into it and what came out.
     kept = 1 if architecture.norm == "none" else 3
     encoder, decoder = float(architecture.widths[0]), 0.0
@@ -70,7 +73,7 @@ def values_per_voxel(architecture: Architecture) -> float:
             decoder += width * (convolutions * kept + 1 + 2 + 1) / 8**level
     if not architecture.registration:
         return 2 * (encoder + decoder)
-    factor = 1.5 if architecture.merge == "concatenate" else 1.0
+    factor = (1.5 if architecture.merge == "concatenate" else 1.0) * (2 if both_ways else 1)
     return 2 * encoder + (2 * decoder if architecture.segmentation else 0.0) + factor * decoder
 
 
