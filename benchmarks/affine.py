@@ -91,7 +91,8 @@ def trials(register: Register, image: Path, fixed: Path, count: int, threads: in
             reached = apply_affine(np.linalg.inv(wrong) @ found, corners)
             error_mm = float(np.linalg.norm(reached - wanted, axis=1).mean())
             rows.append((error_mm if np.isfinite(error_mm) else 999.0, wall, cpu))
-            print(f"{register.__name__} {image.name} {rows[-1][0]:.2f} mm {wall:.1f} s ({cpu:.1f} s of processor)", file=sys.stderr, flush=True)
+            line = f"{register.__name__} {image.name} {rows[-1][0]:.2f} mm {wall:.1f} s ({cpu:.1f} s of processor)"
+            print(line, file=sys.stderr, flush=True)
     return rows
 
 
