@@ -19,7 +19,9 @@ from jrs.runtime.preprocess import network_input, place_grid
 from jrs.volume import Volume
 
 # Largest 99th percentile of the error, relative to the output's deviation, by the precision of the arithmetic.
-LIMITS = {"fp32": 2e-3, "fp16": 2e-2, "bf16": 0.15}
+# FP32 in another order differs by a millionth in a trained network, by thousandths in one of random weights whose
+# instance norms see a handful of voxels.
+LIMITS = {"fp32": 5e-3, "fp16": 2e-2, "bf16": 0.15}
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,9 @@ class BoundSession:
         """Run once; what is on the device already is taken in place, what comes out is new memory there."""
         import onnxruntime
 
-        unknown = sorted(set(inputs) - set(self._inputs)) or sorted(set(self._inputs) - set(inputs))
-        if unknown:
-            raise ValueError(f"input {unknown[0]} is unknown or missing")
+        odd = sorted(set(inputs) - set(self._inputs)) or sorted(set(self._inputs) - set(inputs))
+        if odd:
+            raise ValueError(f"input {odd[0]} is unknown or missing")
         binding = self._session.io_binding()
         held = []
         for name, value in inputs.items():
