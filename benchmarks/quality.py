@@ -182,7 +182,7 @@ def quick_tumor(evaluator: Evaluator, pair: Pair) -> dict[str, Any]:
 
 def quick(options: argparse.Namespace, pipeline: Pipeline, work: Path) -> dict[str, Any]:
     """The numbers that choose between checkpoints."""
-    evaluator = Evaluator(pipeline, ("jrs", "affine"), work, threads=options.threads)
+    evaluator = Evaluator(pipeline, ("jrs", "affine"), work, refine=options.refine, threads=options.threads)
     found: dict[str, Any] = {}
     atlas = atlas_case("sri24")
     if options.labels:
@@ -217,17 +217,19 @@ def thorough(options: argparse.Namespace, pipeline: Pipeline, work: Path) -> tup
     if options.tcga:
         case = tumor_case(options.tcga)
         groups |= {f"tcga_{name}": [Pair(only(case, chosen), atlas)] for name, chosen in INPUTS.items()}
-    found: dict[str, Any] = {"methods": methods}
+    found: dict[str, Any] = {"methods": methods, "failures": {}}
     lines: list[str] = []
     for group, pairs in groups.items():
         # The other programs see one modality: once is enough for the tumour case.
         chosen = methods if not group.startswith("tcga_") or group == "tcga_four" else methods[:2]
-        evaluator = Evaluator(pipeline, chosen, work, threads=options.threads)
+        evaluator = Evaluator(pipeline, chosen, work, refine=options.refine, threads=options.threads)
         rows = []
         for pair in pairs:
             print(f"{group}: {pair.name}", file=sys.stderr)
-            scores = evaluator.evaluate(pair, lambda text: print(f"  {text}", file=sys.stderr)).scores
-            rows += [Row(pair.moving.name, pair.fixed.name, s.method, s.metric, s.of, s.value) for s in scores]
+            scored = evaluator.evaluate(pair, lambda text: print(f"  {text}", file=sys.stderr))
+            rows += [Row(pair.moving.name, pair.fixed.name, s.method, s.metric, s.of, s.value) for s in scored.scores]
+            if scored.failures:
+                found["failures"][f"{group}: {pair.name}"] = scored.failures
         if group == "bert":
             files = (options.bert / "bert_aseg.nii.gz", options.tissues)
             rows += tissue_scores(evaluator.infer(pairs[0]), evaluator, *files)
@@ -252,11 +254,12 @@ def main() -> None:
     parser.add_argument("--bundle")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--refine", type=int, help="iterations of the refinement; 0: the network alone")
     parser.add_argument("--quick", action="store_true", help="one line, no other programs")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="everything but the other programs")
     parser.add_argument("--markdown", type=Path, help="also write tables")
     options = parser.parse_args()
-    found: dict[str, Any] = {"bundle": str(options.bundle or "default")}
+    found: dict[str, Any] = {"bundle": str(options.bundle or "default"), "refine": options.refine}
     start = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as name,

@@ -31,6 +31,9 @@ def evaluate(
         typer.Option("--baseline", help="affine,identity,ants,ants-masked,greedy,greedy-masked; affine always runs."),
     ] = "affine",
     affine: Annotated[str, typer.Option("--affine", help="auto, rigid, or off for cases in the fixed space.")] = "auto",
+    refine: Annotated[
+        int | None, typer.Option("--refine", min=0, help="Iterations of the refinement; 0: the network alone.")
+    ] = None,
     layout: Annotated[str, typer.Option("--layout", help="auto, brats, msd, bids, freesurfer, manifest.")] = "auto",
     landmark_space: Annotated[
         str, typer.Option("--landmark-space", help="What landmark files hold: lps (BraTS-Reg), ras or voxel.")
@@ -58,6 +61,7 @@ def evaluate(
             pairing=pairing,
             layout=layout,
             affine=affine,
+            refine=refine,
             baselines=tuple(name.strip() for name in baseline.split(",") if name.strip()),
             landmark_space=landmark_space,
             limit=limit,

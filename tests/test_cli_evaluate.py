@@ -274,6 +274,19 @@ def test_a_missing_program_is_named_with_its_remedy(cohort: Path, tmp_path: Path
     assert name in done.stderr and "jrs[peers]" in done.stderr
 
 
+def test_another_program_that_fails_takes_no_scores_with_it(cohort: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    # A module of that name that can be found and cannot be used, as one built for another numpy.
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "picsl_greedy.py").write_text("raise ImportError('built for another numpy')\n", encoding="utf-8")
+    before = f"import sys; sys.path.insert(0, {str(broken)!r}); "
+    options = ("--atlas", "p0", "--limit", 1, "--affine", "off", "--backend", "ort-cpu", "--baseline", "greedy")
+    done = evaluate(tiny_bundle, cohort / "manifest.csv", *options, "--out", tmp_path / "out", before=before)
+    assert done.returncode == 1, done.stderr
+    assert "built for another numpy" in json.loads(done.stdout)["failed"]["p1 to p0"]
+    assert {key[1] for key in table(tmp_path / "out")} == {"jrs", "affine"}
+
+
 @pytest.mark.slow
 def test_a_checkpoint_is_exported_first(cohort: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     checkpoint = tiny_bundle.parent / "tiny.safetensors"

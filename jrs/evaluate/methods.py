@@ -7,11 +7,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from jrs.errors import UsageError
+from jrs.errors import BackendError, UsageError
 from jrs.evaluate.landmarks import LandmarkSpace
 from jrs.evaluate.pairs import Pair
 from jrs.evaluate.peers import PeerResult, register, require
@@ -54,10 +55,11 @@ class MethodScore:
 
 @dataclass(frozen=True)
 class PairScores:
-    """Everything that was measured on a pair."""
+    """Everything that was measured on a pair; ``failures`` names other programs that failed, and why."""
 
     scores: list[MethodScore]
     warnings: list[str]
+    failures: list[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,7 @@ class Inference:
 class Evaluator:
     """Runs and scores all methods on one pair after the other; ``work`` is a folder for temporary files.
 
-    ``affine`` is what ``InferOptions`` takes.
+    ``affine`` and ``refine`` are what ``InferOptions`` takes; ``refine`` None leaves it at its default.
     """
 
     def __init__(
@@ -96,15 +98,19 @@ class Evaluator:
         work: Path,
         space: LandmarkSpace = "lps",
         affine: str = "auto",
+        refine: int | None = None,
         threads: int | None = None,
     ) -> None:
         self.pipeline, self.methods, self.work, self.space = pipeline, tuple(methods), work, space
-        self.affine, self.threads = affine, threads
+        self.affine, self.refine, self.threads = affine, refine, threads
         self.spec = pipeline.network.bundle.manifest.model
         self._fixed: Subject | None = None
 
     def evaluate(self, pair: Pair, progress: Callable[[str], None] = lambda text: None) -> PairScores:
-        """All scores of a pair; raises JrsError if the pair cannot be evaluated."""
+        """All scores of a pair; raises JrsError if the pair cannot be evaluated.
+
+        Another program that fails is named in the result and has no scores.
+        """
         progress("jrs")
         found = self.infer(pair)
         scores: list[MethodScore] = []
@@ -114,10 +120,11 @@ class Evaluator:
             truth = found.data.moving.tumor
             if truth is not None:
                 scores += [_of("jrs", score) for score in segmentation_scores(found.predicted, truth)]
-        for method, transform, seconds in self.transforms(found, progress):
+        failures: list[str] = []
+        for method, transform, seconds in self.transforms(found, progress, failures):
             scores += [_of(method, score) for score in registration_scores(transform, found.data)]
             scores.append(MethodScore(method, "seconds", "", seconds))
-        return PairScores([*scores, *_to_affine(scores)], list(found.result.warnings))
+        return PairScores([*scores, *_to_affine(scores)], list(found.result.warnings), failures)
 
     def infer(self, pair: Pair) -> Inference:
         """Run the pipeline on a pair, as ``jrs infer`` would."""
@@ -125,14 +132,21 @@ class Evaluator:
         fixed = self._fixed_subject(pair)
         with tempfile.TemporaryDirectory(dir=self.work) as here:
             case, atlas = staged(pair.moving, Path(here)), staged(pair.fixed, self.work / "fixed")
-            result = self.pipeline.infer(case, atlas, inverse=False, affine=self.affine)
+            options: dict[str, Any] = {} if self.refine is None else {"refine": self.refine}
+            result = self.pipeline.infer(case, atlas, inverse=False, affine=self.affine, **options)
         predicted = None if result.labels_native is None else as_classes(result.labels_native, self.spec)
         return Inference(result, _pair_data(moving, fixed, result, predicted), predicted)
 
     def transforms(
-        self, found: Inference, progress: Callable[[str], None] = lambda text: None
+        self,
+        found: Inference,
+        progress: Callable[[str], None] = lambda text: None,
+        failures: list[str] | None = None,
     ) -> Iterator[tuple[str, SpatialTransform, float]]:
-        """Each method, its total transform and the seconds it took; other programs run when their turn comes."""
+        """Each method, its total transform and the seconds it took; other programs run when their turn comes.
+
+        With a list of ``failures``, a program that fails is left out and named there; without, it raises BackendError.
+        """
         timings = found.result.timings_s
         affine = sum(timings.get(stage, 0.0) for stage in ("read_case", "read_atlas", "affine"))
         yield "jrs", _Known(found.result.transform, found.result.field), timings["total"]
@@ -143,7 +157,14 @@ class Evaluator:
                 yield method, Transform(np.eye(4), None, self.threads), 0.0
             else:
                 progress(method)
-                peer = self._peer(method, found.data)
+                try:
+                    peer = self._peer(method, found.data)
+                except BackendError as error:
+                    if failures is None:
+                        raise
+                    failures.append(str(error))
+                    progress(str(error))
+                    continue
                 yield method, peer.transform, peer.seconds
 
     def _fixed_subject(self, pair: Pair) -> Subject:

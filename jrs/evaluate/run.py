@@ -42,6 +42,7 @@ class EvaluateRequest:
         pairing: all or ring.
         layout: of ``data``, as in `find_cases`.
         affine: auto, rigid or off, as in ``jrs infer``.
+        refine: iterations of the refinement, 0 for the network alone, None for the default of ``jrs infer``.
         landmark_space: of landmark files, as in `read_landmarks`.
         baselines: other methods, of `BASELINES`; affine is always among them.
         limit: at most so many pairs.
@@ -59,6 +60,7 @@ class EvaluateRequest:
     layout: str = "auto"
     baselines: tuple[str, ...] = ()
     affine: str = "auto"
+    refine: int | None = None
     landmark_space: str = "lps"
     limit: int | None = None
     resume: bool = False
@@ -104,7 +106,7 @@ def evaluate_run(request: EvaluateRequest, progress: Callable[[str], None] = lam
         _opened(request, Path(name) / "bundle", progress) as pipeline,
     ):
         bundle = {"name": pipeline.network.bundle.name, "sha256": pipeline.network.bundle.sha256}
-        evaluator = Evaluator(pipeline, methods, Path(name), space, request.affine, request.threads)
+        evaluator = Evaluator(pipeline, methods, Path(name), space, request.affine, request.refine, request.threads)
         rows, warnings, failed = _all_pairs(request, evaluator, pairs, bundle["sha256"], progress)
         engine = plain(pipeline.network.info)
     about = {
@@ -184,8 +186,8 @@ def _all_pairs(
     rows: list[Row] = []
     warnings: dict[str, list[str]] = {}
     failed: dict[str, str] = {}
-    settings = {"bundle": sha256, "methods": list(evaluator.methods)}
-    settings |= {"space": evaluator.space, "affine": evaluator.affine}
+    settings: dict[str, Any] = {"bundle": sha256, "methods": list(evaluator.methods)}
+    settings |= {"space": evaluator.space, "affine": evaluator.affine, "refine": evaluator.refine}
     for number, pair in enumerate(pairs, start=1):
         file = request.out / _PAIRS / f"{_digest(pair)}.json"
         done = _finished(file, settings) if request.resume else None
@@ -207,6 +209,8 @@ def _all_pairs(
             Row(pair.moving.name, pair.fixed.name, s["method"], s["metric"], s["of"], _number(s["value"]))
             for s in done["scores"]
         ]
+        if done["failures"]:
+            failed[pair.name] = "; ".join(done["failures"])
         if done["warnings"]:
             warnings[pair.name] = done["warnings"]
     return rows, warnings, failed
@@ -223,12 +227,12 @@ def _digest(pair: Pair) -> str:
 
 
 def _finished(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What an earlier run found, if it was asked for the same."""
+    """What an earlier run found, if it was asked for the same and nothing failed."""
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    fits = isinstance(stored, dict) and stored.get("settings") == settings
+    fits = isinstance(stored, dict) and stored.get("settings") == settings and stored.get("failures") == []
     return cast("dict[str, Any]", stored) if fits else None
 
 
