@@ -29,6 +29,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 """
 SHAPE = (34, 38, 32)
+PLAIN = ("--backend", "ort-cpu", "--refine", 0)
 
 
 def evaluate(*arguments: object, before: str = "") -> subprocess.CompletedProcess[str]:
@@ -89,7 +90,7 @@ def table(out: Path) -> dict[tuple[str, str, str, str], float]:
 def ring(cohort: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """The cohort in a ring, without PyTorch: what the command printed, and its folder."""
     out = tmp_path_factory.mktemp("evaluated") / "ring"
-    options = ("--pairing", "ring", "--baseline", "identity", "--backend", "ort-cpu", "--out", out)
+    options = ("--pairing", "ring", "--baseline", "identity", *PLAIN, "--out", out)
     done = evaluate(tiny_bundle, cohort / "manifest.csv", *options, before=NO_TORCH)
     assert done.returncode == 0, done.stderr
     return done, out
@@ -226,7 +227,7 @@ def test_a_failed_pair_is_named_and_resume_does_only_what_is_left(
     image = data / "p1" / "p1_t1.nii.gz"
     whole = image.read_bytes()
     image.write_bytes(whole[: len(whole) // 2])
-    options = ("--atlas", "p0", "--affine", "off", "--backend", "ort-cpu", "--out", tmp_path / "out")
+    options = ("--atlas", "p0", "--affine", "off", *PLAIN, "--out", tmp_path / "out")
     done = evaluate(tiny_bundle, data / "manifest.csv", *options)
     assert done.returncode == 1, done.stderr
     failed = json.loads(done.stdout)["failed"]
@@ -280,7 +281,7 @@ def test_another_program_that_fails_takes_no_scores_with_it(cohort: Path, tiny_b
     broken.mkdir()
     (broken / "picsl_greedy.py").write_text("raise ImportError('built for another numpy')\n", encoding="utf-8")
     before = f"import sys; sys.path.insert(0, {str(broken)!r}); "
-    options = ("--atlas", "p0", "--limit", 1, "--affine", "off", "--backend", "ort-cpu", "--baseline", "greedy")
+    options = ("--atlas", "p0", "--limit", 1, "--affine", "off", *PLAIN, "--baseline", "greedy")
     done = evaluate(tiny_bundle, cohort / "manifest.csv", *options, "--out", tmp_path / "out", before=before)
     assert done.returncode == 1, done.stderr
     assert "built for another numpy" in json.loads(done.stdout)["failed"]["p1 to p0"]
@@ -290,7 +291,7 @@ def test_another_program_that_fails_takes_no_scores_with_it(cohort: Path, tiny_b
 @pytest.mark.slow
 def test_a_checkpoint_is_exported_first(cohort: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     checkpoint = tiny_bundle.parent / "tiny.safetensors"
-    options = ("--atlas", "p0", "--affine", "off", "--limit", 1, "--backend", "ort-cpu")
+    options = ("--atlas", "p0", "--affine", "off", "--limit", 1, *PLAIN)
     tables = []
     for number, model in enumerate((checkpoint, tiny_bundle)):
         done = evaluate(model, cohort / "manifest.csv", *options, "--out", tmp_path / str(number))
