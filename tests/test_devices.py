@@ -67,7 +67,8 @@ def test_two_processes_go_on_as_one_would(tmp_path: Path, strategy: Any, accumul
     assert together.optimizer.keys() == alone.optimizer.keys()
     for one, two in ((alone.weights, together.weights), (alone.optimizer, together.optimizer)):
         for name, value in one.items():
-            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+            # Adam moves a weight whose gradient is all but rounding as far as any other: a hundredth of a step.
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=0.01 * ONE_CYCLE.learning_rate)
 
 
 @pytest.mark.slow
