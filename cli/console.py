@@ -14,12 +14,15 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     from rich.text import Text
 
     shown = Table(title=title)
-    for index, column in enumerate(columns):
-        # What a row is about is never cut, however narrow the terminal.
-        shown.add_column(column, no_wrap=index == 0)
+    for column in columns:
+        shown.add_column(column)
     for row in rows:
         shown.add_row(*(Text(cell) for cell in row))  # not markup: cells hold brackets
-    Console(stderr=True).print(shown)
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        # A log file has no width to fit into: rows stay whole.
+        console.width = 200
+    console.print(shown)
 
 
 def note(text: str) -> None:
