@@ -118,7 +118,7 @@ def test_the_runtime_loads_each_backend_when_it_is_asked_for() -> None:
 STANDARD = frozenset(sys.stdlib_module_names)
 EVERYWHERE = {"numpy", "nibabel"}
 RUNTIME = EVERYWHERE | {
-    *("onnxruntime", "openvino", "SimpleITK", "tensorrt", "tensorrt_rtx", "PIL", "filelock", "platformdirs")
+    *("onnxruntime", "openvino", "SimpleITK", "tensorrt", "tensorrt_rtx", "cuda", "PIL", "filelock", "platformdirs")
 }
 LEARNING = EVERYWHERE | {"torch", "monai", "lightning_fabric", "safetensors", "h5py", "tensorboard", "tomli"}
 LIBRARIES = {
