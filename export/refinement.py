@@ -29,8 +29,8 @@ _VARIANCE_FLOOR = 2e-2
 """Added to each window's variances, of images of unit variance: noise in flat regions pulls on nothing."""
 _SMALLEST_VARIANCE = 1e-5
 """Far above what rounding leaves of a variance of zero."""
-_LEAST_WEIGHT = 0.2
-"""A window with less of its weight than this is not compared."""
+_LEAST_WEIGHT = 0.21
+"""A window with less of its weight than this is not compared. No whole number of voxels, or rounding would decide."""
 _FORCE_FLOOR = 1.0
 """Forces as long as this move by ``step``; where all are shorter, images nearly agree and updates shrink with them."""
 _END = 2**62

@@ -73,7 +73,7 @@ def correlation(fixed: Any, moving: Any, weights: Any) -> Any:
 
     w, f, m = windows(weights[None]), windows(fixed), windows(moving)
     amount = w.sum(-1, keepdim=True)
-    enough = amount[..., 0] > 0.2 * 125
+    enough = amount[..., 0] > 0.21 * 125
     share = w / amount.clamp(min=1e-9)
     f = f - (share * f).sum(-1, keepdim=True)
     m = m - (share * m).sum(-1, keepdim=True)
@@ -106,6 +106,22 @@ def test_the_force_is_the_derivative_of_local_correlation(
     np.testing.assert_allclose(result["refined"][0], expected, atol=1e-4)
     if masked:
         assert np.all(result["refined"][0][:, 2:6, 1:5, 3:8] == 0.0)
+
+
+def test_no_axis_is_preferred(run: Callable[..., dict[str, Array]]) -> None:
+    """Half of the volume is not compared: windows lie across a straight edge, where rounding must not decide."""
+    rng = np.random.default_rng(2)
+    fixed, moving = smooth_noise(rng, (1, 14, 18, 12)), smooth_noise(rng, (1, 14, 18, 12))
+    u = 0.5 * smooth_noise(rng, (3, 14, 18, 12), 3.0)
+    weights = np.ones(fixed.shape[1:])
+    weights[:5] = 0.0
+    options = {"update_kernel": gaussian(1.2), "field_kernel": gaussian(0.5), "iterations": np.array(3.0)}
+    want = run(fixed, moving, weights, displacement=u[None], **options)
+    turned = [np.moveaxis(x, -3, -1) for x in (fixed, moving, weights, u[[1, 2, 0]])]
+    got = run(*turned[:3], displacement=turned[3][None], **options)
+    np.testing.assert_allclose(got["similarity"], want["similarity"], atol=1e-5)
+    back = np.moveaxis(got["refined"][0], -1, -3)[[2, 0, 1]]
+    np.testing.assert_allclose(back, want["refined"][0], atol=1e-3)
 
 
 def test_the_longest_update_is_the_step(run: Callable[..., dict[str, Array]]) -> None:
@@ -232,8 +248,7 @@ def test_the_grids_orientation_does_not_matter(pair: tuple[Volume, Volume, Geome
     a, b = refined(moving, fixed, 2), refined(moving, fixed, 2, orientation=orientation)
     assert b.displacement.geometry.orientation == orientation
     dense = [Transform(np.eye(4), found.displacement, 1).dense(grid).vectors_mm for found in (a, b)]
-    apart = np.abs(dense[0] - dense[1])
-    assert apart.mean() < 0.01 and np.quantile(apart, 0.999) < 0.3
+    assert np.abs(dense[0] - dense[1]).max() < 0.02
 
 
 def test_opposite_contrasts_without_a_shared_modality(pair: tuple[Volume, Volume, Geometry]) -> None:
