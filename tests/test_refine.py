@@ -15,7 +15,8 @@ from jrs.fields import DisplacementField, jacobian_determinant
 from jrs.geometry import Geometry
 from jrs.runtime.cases import Case
 from jrs.runtime.engines import EngineOptions, available_backends, open_engine
-from jrs.runtime.pipeline import Pipeline
+from jrs.runtime.pipeline import Pipeline, _shows_tumors
+from jrs.runtime.preprocess import NetworkInput
 from jrs.runtime.refine import GRAPH, LEVELS, Refined, Refiner, gaussian, level_grids
 from jrs.runtime.sampling import affine_coords
 from jrs.runtime.transform import Transform
@@ -421,3 +422,20 @@ def test_without_refinement_the_field_is_the_networks(pipeline: Pipeline, phanto
     assert summary["similarity_before"] == plain.report()["similarity"]["after"]
     assert better.report()["similarity"]["after"] > summary["similarity_before"]
     assert better.timings_s["refinement"] > 0
+
+
+@pytest.mark.parametrize(
+    ("channels", "present", "believed"),
+    [
+        (("t1", "t1ce", "t2", "flair"), (True, False, False, False), False),
+        (("t1", "t1ce", "t2", "flair"), (True, False, False, True), True),
+        (("t1", "flair"), (False, True), True),
+        (("t1",), (True,), True),  # a network made for T1 alone
+    ],
+)
+def test_a_tumour_seen_in_t1_alone_is_not_let_go_of(
+    channels: tuple[str, ...], present: tuple[bool, ...], believed: bool
+) -> None:
+    empty = np.zeros((len(channels), 2, 2, 2), dtype=np.float32)
+    image = NetworkInput(empty[None], empty, present, Geometry((2, 2, 2), np.eye(4)))
+    assert _shows_tumors(image, channels) is believed
