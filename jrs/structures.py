@@ -82,3 +82,14 @@ def drawing_table() -> npt.NDArray[np.uint8]:
     for number in _EXTRACEREBRAL:
         table[number] = DRAWN_CLASSES.index(f"extracerebral_{number}")
     return table
+
+
+def mirrored_structures() -> npt.NDArray[np.uint8]:
+    """Table (31,) from a structure's compact index to the one it is in a mirror: left to right and back."""
+    names = list(STRUCTURES)
+    table = [0]
+    for name in names:
+        side, _, rest = name.partition("_")
+        other = {"left": f"right_{rest}", "right": f"left_{rest}"}.get(side, name)
+        table.append(names.index(other) + 1)
+    return np.array(table, dtype=np.uint8)

@@ -32,12 +32,9 @@ from jrs.runtime.results import Result
 from jrs.runtime.sampling import affine_coords, sample, slabs
 from jrs.runtime.transform import Transform, to_voxel_coords
 from jrs.runtime.transform_files import load_affine
-from jrs.runtime.tumors import Tumors
+from jrs.runtime.tumors import Tumors, shows_tumors
 
 Array = npt.NDArray[np.float32]
-
-_TELLING = ("t1ce", "t2", "flair")
-"""Modalities that show a tumour; in T1 alone the default bundle finds little of one and some in healthy brains."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +264,7 @@ class Pipeline:
             return _Deformation(displacement, registered.moved[0])
         with clock.stage("refinement"):
             channels = self.network.bundle.manifest.model.channels
-            trusted = probabilities if _shows_tumors(inputs, channels) else None
+            trusted = probabilities if shows_tumors(inputs, channels) else None
             tumors = Tumors.found(trusted, fixed.grid, self.threads)
             images = (moving, tumors), (fixed.case, self._tumors(probabilities, fixed))
             refined, notes = self.refiner.refine_case(*images, affine, displacement, iterations, fixed.pyramids)
@@ -293,7 +290,7 @@ class Pipeline:
     def _tumors(self, probabilities: Array | None, fixed: FixedImage) -> Tumors:
         """What to leave out of the fixed image; an atlas that ships with jrs is healthy."""
         channels = self.network.bundle.manifest.model.channels
-        if probabilities is None or fixed.healthy or not _shows_tumors(fixed.input, channels):
+        if probabilities is None or fixed.healthy or not shows_tumors(fixed.input, channels):
             return Tumors(None, fixed.grid)
         if fixed.tumors is None:
             fixed.tumors = Tumors.found(self.network.segment(fixed.codes), fixed.grid, self.threads)
@@ -323,12 +320,6 @@ class Pipeline:
             "foreground_overlap_after": round(after.overlap, 4),
         }
         return matrix, quality, () if warning is None else (warning,)
-
-
-def _shows_tumors(image: NetworkInput, channels: Sequence[str]) -> bool:
-    """Whether the tumour of an image can be believed: not from T1 alone by a network that knows better modalities."""
-    telling = [there for channel, there in zip(channels, image.present, strict=True) if channel in _TELLING]
-    return not telling or any(telling)
 
 
 def _moved_again(images: Array, displacement: DisplacementField, grid: Geometry, threads: int | None) -> Array:

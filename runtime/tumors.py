@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jrs.geometry import FloatArray, Geometry
+from jrs.runtime.preprocess import NetworkInput
 from jrs.runtime.sampling import affine_coords, sample
 from jrs.runtime.transform import to_voxel_coords
 
@@ -31,6 +32,16 @@ _PASSES = 2
 _FAR_MM = 1e6
 HALF_DIAGONAL = 0.87
 """Of a voxel, in its sides: so far a point shines by averaging."""
+
+
+_TELLING = ("t1ce", "t2", "flair")
+"""Modalities that show a tumour; in T1 alone the default bundle finds little of one and some in healthy brains."""
+
+
+def shows_tumors(image: NetworkInput, channels: Sequence[str]) -> bool:
+    """Whether the tumour of an image can be believed: not from T1 alone by a network that knows better modalities."""
+    telling = [there for channel, there in zip(channels, image.present, strict=True) if channel in _TELLING]
+    return not telling or any(telling)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,12 +15,12 @@ from jrs.fields import DisplacementField, jacobian_determinant
 from jrs.geometry import Geometry
 from jrs.runtime.cases import Case
 from jrs.runtime.engines import EngineOptions, available_backends, open_engine
-from jrs.runtime.pipeline import Pipeline, _shows_tumors
+from jrs.runtime.pipeline import Pipeline
 from jrs.runtime.preprocess import NetworkInput
 from jrs.runtime.refine import GRAPH, LEVELS, Refined, Refiner, gaussian, level_grids
 from jrs.runtime.sampling import affine_coords
 from jrs.runtime.transform import Transform
-from jrs.runtime.tumors import Tumors
+from jrs.runtime.tumors import Tumors, shows_tumors
 from jrs.volume import Volume
 
 Array = np.ndarray[Any, Any]
@@ -438,4 +438,4 @@ def test_a_tumour_seen_in_t1_alone_is_not_let_go_of(
 ) -> None:
     empty = np.zeros((len(channels), 2, 2, 2), dtype=np.float32)
     image = NetworkInput(empty[None], empty, present, Geometry((2, 2, 2), np.eye(4)))
-    assert _shows_tumors(image, channels) is believed
+    assert shows_tumors(image, channels) is believed

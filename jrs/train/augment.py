@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from jrs.manifest import GridSpec, ModelSpec, Normalization
 from jrs.models.spatial import warp
-from jrs.structures import STRUCTURES
+from jrs.structures import mirrored_structures
 from jrs.train.batch import PairBatch
 from jrs.train.config import AugmentConfig
 
@@ -122,17 +122,6 @@ def _without_channels(batch: PairBatch, config: AugmentConfig, draws: _Draws, mo
     )
 
 
-def mirrored_structures() -> Tensor:
-    """Table (31,) uint8 from a structure's compact index to the one it is in a mirror: left to right and back."""
-    names = list(STRUCTURES)
-    table = [0]
-    for name in names:
-        side, _, rest = name.partition("_")
-        other = {"left": f"right_{rest}", "right": f"left_{rest}"}.get(side, name)
-        table.append(names.index(other) + 1)
-    return torch.tensor(table, dtype=torch.uint8)
-
-
 def _mirrored(batch: PairBatch, config: AugmentConfig, draws: _Draws, grid: GridSpec) -> PairBatch:
     """Both images of a pair and their labels mirrored along anatomical axes, left structures becoming right ones."""
     chosen = draws.pairs(3) < torch.tensor(config.flip)
@@ -148,7 +137,7 @@ def _mirrored(batch: PairBatch, config: AugmentConfig, draws: _Draws, grid: Grid
                 continue
             flipped = value[rows].flip(axis + value.dim() - 3)
             if which == 0 and name.endswith("structures"):
-                flipped = mirrored_structures().to(value.device)[flipped.long()].to(value.dtype)
+                flipped = torch.from_numpy(mirrored_structures()).to(value.device)[flipped.long()].to(value.dtype)
             changes[name] = value.clone().index_copy_(0, rows, flipped)
         batch = dataclasses.replace(batch, **changes)
     return batch

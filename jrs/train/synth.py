@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jrs.errors import ConfigurationError
 from jrs.manifest import ModelSpec
-from jrs.structures import STRUCTURES
+from jrs.structures import DRAWN_CLASSES, STRUCTURES, mirrored_structures
 from jrs.train.appearance import Anatomy, joint_codes, render
 from jrs.train.batch import PairBatch, concatenate, pair_indices
 from jrs.train.config import SynthesisConfig
@@ -196,12 +196,7 @@ class SyntheticPairs:
 
 def _mirror_table() -> Tensor:
     """Joint code of each joint code with left and right exchanged, int16."""
-    names = list(STRUCTURES)
-    other = [0]
-    for name in names:
-        side, _, rest = name.partition("_")
-        swapped = {"left": f"right_{rest}", "right": f"left_{rest}"}.get(side, name)
-        other.append(1 + names.index(swapped))
-    codes = torch.arange(64 * (len(names) + 1))
-    structure = codes % (len(names) + 1)
-    return (codes - structure + torch.tensor(other)[structure]).short()
+    other = torch.from_numpy(mirrored_structures()).long()
+    codes = torch.arange(len(DRAWN_CLASSES) * len(other))
+    structure = codes % len(other)
+    return (codes - structure + other[structure]).short()
