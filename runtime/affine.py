@@ -49,12 +49,19 @@ class AffineResult:
     warning: str | None
 
 
-def register_affine(moving: Volume, fixed: Volume, kind: Kind = "affine", threads: int | None = None) -> AffineResult:
+def register_affine(
+    moving: Volume,
+    fixed: Volume,
+    kind: Kind = "affine",
+    threads: int | None = None,
+    fixed_block: Block | None = None,
+) -> AffineResult:
     """Find the affine (12 parameters) or rigid (6) transform that aligns two images of the same head or brain.
 
+    ``fixed_block`` is ``block_of(fixed)`` where it is known already.
     Raises BadDataError if the images do not overlap enough for a metric.
     """
-    a, b = _block(moving, threads), _block(fixed, threads)
+    a, b = block_of(moving, threads), fixed_block or block_of(fixed, threads)
     coarse_a, coarse_b = a.averaged(_COARSE), b.averaged(_COARSE)
     measured_a, measured_b = a.averaged(_MEASURED), b.averaged(_MEASURED)
     before = quality(measured_a, measured_b, np.eye(4))
@@ -84,10 +91,11 @@ def register_affine(moving: Volume, fixed: Volume, kind: Kind = "affine", thread
 
 
 def judge_affine(
-    moving: Volume, fixed: Volume, matrix: FloatArray, threads: int | None = None
+    moving: Volume, fixed: Volume, matrix: FloatArray, threads: int | None = None, fixed_block: Block | None = None
 ) -> tuple[Quality, Quality, str | None]:
     """How two images overlap as they lie and under a given A, and one line where that is poor."""
-    a, b = (_block(volume, threads).averaged(_MEASURED) for volume in (moving, fixed))
+    blocks = block_of(moving, threads), fixed_block or block_of(fixed, threads)
+    a, b = (block.averaged(_MEASURED) for block in blocks)
     before, after = quality(a, b, np.eye(4)), quality(a, b, matrix)
     return before, after, poor_alignment(before, after)
 
@@ -142,7 +150,7 @@ def _optimised(moving: Block, fixed: Block, start: FloatArray, kind: Kind, threa
     return _matrix_of(transform)
 
 
-def _block(volume: Volume, threads: int | None) -> Block:
+def block_of(volume: Volume, threads: int | None) -> Block:
     """The image at half resolution on a grid along RAS axes that just holds its foreground, negatives cut off."""
     volume = volume.canonical()
     lower, upper = _box(volume)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +15,7 @@ from jrs.errors import JrsError
 from jrs.resources import DATA
 from jrs.runtime.engines import Array, EngineOptions, all_backends, on_gpu, open_engine, why_unavailable
 from jrs.runtime.engines.cuda import Device, driver_version, visible_devices, why_no_device
+from jrs.runtime.machine import computes_bf16, cpu_name
 
 # Name for the reader -> distributions, of which one may be there.
 _LIBRARIES = {
@@ -80,7 +79,7 @@ def diagnose() -> Diagnosis:
         jrs=__version__,
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=os.cpu_count() or 1,
         driver=driver_version(),
         devices=visible_devices(),
@@ -97,15 +96,6 @@ def _version(distributions: tuple[str, ...]) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if sys.platform == "linux" and info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.lower().startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _try(name: str) -> BackendState:
@@ -165,7 +155,7 @@ def _shifted(image: Array) -> Array:
 
 def _precisions(name: str) -> tuple[str, ...]:
     if name == "openvino":
-        return ("fp32", "bf16")
+        return ("fp32", "bf16") if computes_bf16() else ("fp32",)
     if not on_gpu(name):
         return ("fp32",)
     capability = visible_devices()[0].capability

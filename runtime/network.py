@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from threading import Lock
 from types import TracebackType
 
 import numpy as np
@@ -23,6 +26,7 @@ from jrs.runtime.engines import (
     on_gpu,
     open_engine,
 )
+from jrs.runtime.precision import Choice, choose_precision
 
 Array = npt.NDArray[np.float32]
 Codes = Mapping[str, Value]
@@ -46,18 +50,47 @@ class Network:
     def __init__(
         self, bundle: Bundle, backend: str = "auto", precision: str = "auto", threads: int | None = None
     ) -> None:
-        self.bundle = bundle
-        self.backend, self.precision = choose_backend(backend, precision)
+        self.bundle, self.threads = bundle, threads
+        self.backend, _ = choose_backend(backend, precision)
         self.notes: list[str] = []
         self._free_to_choose = backend == "auto"
-        self._options = EngineOptions(self.precision, threads, bundle.manifest.precision)
+        self._asked = self.backend, precision
         self._engines: dict[str, Engine] = {}
+        self._coming: dict[str, Future[Engine]] = {}
+        self._opener: ThreadPoolExecutor | None = None
         self._stack = ExitStack()
+        self._choosing = Lock()
+
+    @property
+    def choice(self) -> Choice:
+        """The precision and why; found when first asked for, which may take a run of the gate."""
+        with self._choosing:
+            return self._choice
+
+    @cached_property
+    def _choice(self) -> Choice:
+        return choose_precision(self.bundle, *self._asked, self.threads)
 
     @property
     def info(self) -> EngineInfo:
-        """What runs the convolutions."""
-        return self._engine("encoder").info
+        """What runs the convolutions, and why in that precision."""
+        info = self._engine("encoder").info
+        verdict = self.choice.verdict
+        return replace(info, reason=self.choice.reason, gate=None if verdict is None else verdict.record())
+
+    def open_ahead(self, graphs: Sequence[str]) -> None:
+        """Begin to open the engines of these graphs, in this order, while the caller does something else.
+
+        What goes wrong is raised where the engine is first used. A GPU's are opened there too: its context is its
+        thread's, and opening them on one that is full would hide which run filled it.
+        """
+        if on_gpu(self.backend):
+            return
+        if self._opener is None:
+            self._opener = ThreadPoolExecutor(1, "jrs-engines")
+        for name in graphs:
+            if name in self.bundle.manifest.graphs and name not in self._engines and name not in self._coming:
+                self._coming[name] = self._opener.submit(self._open, name)
 
     def encode(self, image: Array) -> Codes:
         """code1..code5 of a normalised image (1,C,X,Y,Z)."""
@@ -96,18 +129,34 @@ class Network:
             raise error
         self.notes.append(f"{error}; went on with {left[0]}")
         self.backend = left[0]
+        if self._asked[1] == "auto":  # what is on the device already was computed in the graphs' own precision
+            self._choice = Choice("fp32", f"went on with {left[0]} in the middle of a case")
         self._close()
 
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:
-            options = self._options
-            if name == "transformer":  # FP32 whatever the bundle's precision
-                options = EngineOptions("fp32", options.threads)
-            engine = open_engine(self.bundle.graph(name), name, self.backend, options)
+            coming = self._coming.pop(name, None)
+            engine = self._open(name) if coming is None else coming.result()
             self._engines[name] = self._stack.enter_context(engine)
         return self._engines[name]
 
+    def _open(self, name: str) -> Engine:
+        if name == "transformer":  # FP32 whatever the bundle's precision
+            options = EngineOptions("fp32", self.threads)
+        else:
+            options = EngineOptions(self.choice.precision, self.threads, self.bundle.manifest.precision)
+        return open_engine(self.bundle.graph(name), name, self.backend, options)
+
     def _close(self) -> None:
+        coming, self._coming = list(self._coming.values()), {}
+        for future in coming:
+            future.cancel()
+        if self._opener is not None:
+            self._opener.shutdown()
+            self._opener = None
+        for future in coming:
+            if not future.cancelled() and future.exception() is None:
+                self._stack.enter_context(future.result())
         self._engines.clear()
         self._stack.close()
 

@@ -18,16 +18,17 @@ from jrs.errors import ConfigurationError, UsageError
 from jrs.fields import DisplacementField, jacobian_determinant
 from jrs.files import refuse_existing
 from jrs.geometry import FloatArray, Geometry
-from jrs.resources import DATA, atlas_path
+from jrs.resources import atlas_path
 from jrs.runtime.affine import judge_affine, register_affine
 from jrs.runtime.bids import refuse_raw
 from jrs.runtime.cases import Case, load_case
+from jrs.runtime.fixed import FixedImage, FixedImages
 from jrs.runtime.labels import OWN_SCHEME, LabelSampler, label_scheme, region_volumes_ml
 from jrs.runtime.measures import jacobian_summary, similarity, volume_verdict, volumes_after_affine, warnings_of
 from jrs.runtime.names import atlas_label, output_names
 from jrs.runtime.network import Codes, Network
-from jrs.runtime.preprocess import NetworkInput, network_input, place_grid
-from jrs.runtime.refine import DEFAULT_ITERATIONS, Pyramid, Refiner
+from jrs.runtime.preprocess import NetworkInput, network_input
+from jrs.runtime.refine import DEFAULT_ITERATIONS, Refiner
 from jrs.runtime.results import Result
 from jrs.runtime.sampling import affine_coords, sample, slabs
 from jrs.runtime.transform import Transform, to_voxel_coords
@@ -57,20 +58,6 @@ class InferOptions:
     label_scheme: str = OWN_SCHEME
     refine: int = DEFAULT_ITERATIONS
     keep_clear_of: Path | None = None
-
-
-@dataclass
-class FixedImage:
-    """An atlas, encoded: what every case registered to it can share."""
-
-    label: str
-    case: Case
-    grid: Geometry
-    input: NetworkInput
-    codes: Codes
-    healthy: bool
-    tumors: Tumors | None = None
-    pyramids: dict[Any, Pyramid] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,7 +97,7 @@ class Pipeline:
     def __init__(self, network: Network, threads: int | None = None) -> None:
         self.network, self.threads = network, threads
         self.progress: Callable[[str], None] = lambda stage: None
-        self._fixed: dict[str, FixedImage] = {}
+        self._fixed = FixedImages(network, threads)
         orientation = network.bundle.manifest.model.grid.orientation
         self.refiner = Refiner(network.backend, orientation, threads)
 
@@ -158,6 +145,7 @@ class Pipeline:
         path = atlas_path(atlas)
         label = atlas_label(path, str(atlas) if path != Path(atlas) else None)
         scheme, values = label_scheme(spec.label_values, options.label_scheme)
+        self.network.open_ahead(_graphs(options, spec.architecture.segmentation))
         with clock.stage("read_case"):
             moving = load_case(
                 case,
@@ -172,10 +160,10 @@ class Pipeline:
                 refuse_raw(options.keep_clear_of, names.bids)
             there = [names.report_json, names.field]
             refuse_existing(names.folder(options.keep_clear_of), there, overwrite=False)
-        fixed = self._fixed_image(path, label, clock)
+        fixed = self._fixed.get(path, label, clock.stage)
         warnings = _notes(moving, spec.channels)
         with clock.stage("affine"):
-            affine, quality, doubts = self._affine(moving, fixed.case, options.affine)
+            affine, quality, doubts = self._affine(moving, fixed, options.affine)
             warnings += doubts
         with clock.stage("preprocess"):
             inputs = network_input(moving.images, spec, fixed.grid, affine, self.threads)
@@ -267,25 +255,11 @@ class Pipeline:
             trusted = probabilities if shows_tumors(inputs, channels) else None
             tumors = Tumors.found(trusted, fixed.grid, self.threads)
             images = (moving, tumors), (fixed.case, self._tumors(probabilities, fixed))
-            refined, notes = self.refiner.refine_case(*images, affine, displacement, iterations, fixed.pyramids)
+            refined, notes = self.refiner.refine_case(*images, affine, displacement, iterations, fixed)
             network = similarity(inputs, fixed.input, registered.moved[0], probabilities, channels)
             record = {**refined.summary(), "similarity_before": network and network["after"]}
             moved = _moved_again(inputs.tensor[0], refined.displacement, fixed.grid, self.threads)
         return _Deformation(refined.displacement, moved, record, tuple(notes))
-
-    def _fixed_image(self, path: Path, label: str, clock: _Clock) -> FixedImage:
-        stamp = path.stat()
-        key = f"{path.resolve()}:{stamp.st_mtime_ns}:{stamp.st_size}"
-        if key not in self._fixed:
-            spec = self.network.bundle.manifest.model
-            with clock.stage("read_atlas"):
-                case = load_case(path, default_channels=spec.channels)
-            with clock.stage("encode_atlas"):
-                grid = place_grid(spec.grid, next(iter(case.images.values())))
-                inputs = network_input(case.images, spec, grid, threads=self.threads, whose=f"the atlas {path}")
-                codes = self.network.encode(inputs.tensor)
-            self._fixed[key] = FixedImage(label, case, grid, inputs, codes, path.parent == DATA / "atlases")
-        return self._fixed[key]
 
     def _tumors(self, probabilities: Array | None, fixed: FixedImage) -> Tumors:
         """What to leave out of the fixed image; an atlas that ships with jrs is healthy."""
@@ -297,20 +271,21 @@ class Pipeline:
         return fixed.tumors
 
     def _affine(
-        self, moving: Case, fixed: Case, wanted: str
+        self, moving: Case, fixed: FixedImage, wanted: str
     ) -> tuple[FloatArray, dict[str, Any] | None, tuple[str, ...]]:
         """A, how well it aligns the images, and what the user should know of that."""
         if wanted == "off":
             return np.eye(4), None, ()
-        shared = [m for m in moving.images if m in fixed.images]
-        a, b = (shared[0], shared[0]) if shared else (next(iter(moving.images)), next(iter(fixed.images)))
-        pair = moving.images[a], fixed.images[b]
+        theirs = fixed.case.images
+        shared = [m for m in moving.images if m in theirs]
+        a, b = (shared[0], shared[0]) if shared else (next(iter(moving.images)), next(iter(theirs)))
+        pair, block = (moving.images[a], theirs[b]), fixed.block(b)
         if wanted in ("auto", "rigid"):
-            found = register_affine(*pair, "affine" if wanted == "auto" else "rigid", self.threads)
+            found = register_affine(*pair, "affine" if wanted == "auto" else "rigid", self.threads, block)
             matrix, before, after, warning = found.matrix, found.before, found.after, found.warning
         else:
             matrix = load_affine(Path(wanted))
-            before, after, warning = judge_affine(*pair, matrix, self.threads)
+            before, after, warning = judge_affine(*pair, matrix, self.threads, block)
         quality = {
             "moving": a,
             "fixed": b,
@@ -320,6 +295,11 @@ class Pipeline:
             "foreground_overlap_after": round(after.overlap, 4),
         }
         return matrix, quality, () if warning is None else (warning,)
+
+
+def _graphs(options: InferOptions, segments: bool) -> list[str]:
+    """The graphs that a case needs, in the order it needs them."""
+    return ["encoder", *(["segmentation"] if options.segment and segments else []), "registration", "transformer"]
 
 
 def _moved_again(images: Array, displacement: DisplacementField, grid: Geometry, threads: int | None) -> Array:

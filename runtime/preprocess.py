@@ -24,12 +24,11 @@ _CASE = "the case"
 class NetworkInput:
     """One image as the network takes it.
 
-    ``tensor`` is (1,C,X,Y,Z) float32 on ``grid``, normalised, a missing channel all zero; ``intensities``
-    (C,X,Y,Z) is the same before normalisation; ``present`` says which channels were there.
+    ``tensor`` is (1,C,X,Y,Z) float32 on ``grid``, normalised, a missing channel all zero; ``present`` says which
+    channels were there.
     """
 
     tensor: Array
-    intensities: Array
     present: tuple[bool, ...]
     grid: Geometry
 
@@ -62,20 +61,17 @@ def network_input(
         if not there and channel not in spec.optional_channels:
             remedy = f"pass --{channel} FILE" if whose == _CASE else "give a folder that has it"
             raise UsageError(f"{whose} lacks modality {channel}, which this bundle needs; {remedy}")
-    intensities = np.zeros((len(spec.channels), *grid.shape), dtype=np.float32)
-    tensor = np.zeros_like(intensities)
+    tensor = np.zeros((len(spec.channels), *grid.shape), dtype=np.float32)
     for index, channel in enumerate(spec.channels):
         if channel not in images:
             continue
         volume = images[channel].canonical()
-        intensities[index] = resample_affine(
-            volume.data[None], volume.geometry, grid, moving_from_fixed, threads=threads
-        )[0]
+        sampled = resample_affine(volume.data[None], volume.geometry, grid, moving_from_fixed, threads=threads)[0]
         try:
-            tensor[index] = normalize(intensities[index], spec.normalization)
+            tensor[index] = normalize(sampled, spec.normalization)
         except BadDataError as error:
             raise BadDataError(f"{volume.path or channel}: {error}") from error
-    return NetworkInput(tensor[None], intensities, present, grid)
+    return NetworkInput(tensor[None], present, grid)
 
 
 def normalize(data: Array, method: Normalization) -> Array:

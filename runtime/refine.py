@@ -11,9 +11,9 @@ neither shrinks nor swells them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -163,6 +163,20 @@ def _standardized(data: Array, blank: npt.NDArray[np.bool_] | None) -> Array:
     return standard
 
 
+class Shelf(Protocol):
+    """Where a fixed image's pyramids are kept."""
+
+    def pyramid(
+        self,
+        levels: tuple[Level, ...],
+        grids: tuple[Geometry, ...],
+        modalities: Sequence[str],
+        tumors: Tumors,
+        make: Callable[[], Pyramid],
+    ) -> Pyramid:
+        """The one of these ingredients, by ``make`` if there is none yet."""
+
+
 class Refiner:
     """The refinement on one backend; grids have their axes along ``orientation``."""
 
@@ -176,12 +190,12 @@ class Refiner:
         affine: FloatArray,
         start: DisplacementField,
         iterations: int,
-        known: dict[Any, Pyramid] | None = None,
+        shelf: Shelf | None = None,
     ) -> tuple[Refined, list[str]]:
         """Improve ``start`` on the modalities that both cases have; and what the user should know.
 
         Without a shared modality the first of each are compared: squared correlation also holds where one image
-        is bright and the other dark. ``known`` keeps the fixed image's pyramids from case to case.
+        is bright and the other dark. ``shelf`` keeps the fixed image's pyramids from case to case.
         """
         notes = []
         ours = theirs = [name for name in moving[0].images if name in fixed[0].images]
@@ -190,12 +204,13 @@ class Refiner:
             notes.append(f"no modality is shared: refined by comparing moving {ours[0]} with fixed {theirs[0]}")
         first = moving[0].images[ours[0]], fixed[0].images[theirs[0]]
         levels, grids = level_grids(*first, self.orientation)
-        known = {} if known is None else known
-        key = (levels, tuple(theirs), fixed[1].mask is None)
-        if key not in known:
-            known[key] = pyramid(fixed[0].images, theirs, levels, grids, np.eye(4), fixed[1], self.threads)
+
+        def make() -> Pyramid:
+            return pyramid(fixed[0].images, theirs, levels, grids, np.eye(4), fixed[1], self.threads)
+
+        atlas = make() if shelf is None else shelf.pyramid(levels, grids, theirs, fixed[1], make)
         images = pyramid(moving[0].images, ours, levels, grids, affine, moving[1], self.threads)
-        return self.refine(images, known[key], start, iterations), notes
+        return self.refine(images, atlas, start, iterations), notes
 
     def refine(self, moving: Pyramid, fixed: Pyramid, start: DisplacementField, iterations: int) -> Refined:
         """Improve ``start``, ``iterations`` times at the finest level and a multiple of it at each coarser one.

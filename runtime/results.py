@@ -140,6 +140,8 @@ class Result:
                 "backend": self.engine.backend,
                 "device": self.engine.device,
                 "precision": self.engine.precision,
+                "reason": self.engine.reason,
+                "gate": self.engine.gate,
             },
             "modalities": list(self.case.images),
             "modalities_used": list(self.modalities_used),

@@ -15,6 +15,7 @@ from jrs.reading import read_volume
 from jrs.resources import atlas_path
 from jrs.runtime.engines import Array, EngineInfo, EngineOptions, choose_backend, open_engine
 from jrs.runtime.network import Network
+from jrs.runtime.precision import choose_precision
 from jrs.runtime.preprocess import network_input, place_grid
 from jrs.volume import Volume
 
@@ -63,11 +64,12 @@ def run_selftest(bundle: Bundle, backend: str = "auto", precision: str = "auto",
 
     Each graph gets the reference's inputs, so an error is its own.
     """
-    backend, precision = choose_backend(backend, precision)
+    backend, _ = choose_backend(backend, precision)
     if bundle.manifest.precision == "bf16":
         raise BackendError(
             f"{bundle.folder}: BF16 convolutions have no reference on a CPU; test an fp32 or fp16 bundle"
         )
+    precision = choose_precision(bundle, backend, precision).precision
     feeds = _feeds(bundle)
     results = tuple(_compare(bundle, name, inputs, backend, precision, runs) for name, inputs in feeds.items())
     return SelfTest(results, _time_case(bundle, feeds["encoder"]["image"], backend, precision, runs))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +28,16 @@ Value: TypeAlias = Array | OnDevice
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What runs a graph: backend (``openvino``, ``tensorrt``), device and the precision of the arithmetic."""
+    """What runs a graph: backend (``openvino``, ``tensorrt``), device and the precision of the arithmetic.
+
+    ``reason`` is why that precision, ``gate`` what was measured of BF16 where ``auto`` had to decide.
+    """
 
     backend: str
     device: str
     precision: str
+    reason: str | None = None
+    gate: Mapping[str, Any] | None = None
 
 
 class Engine(Protocol):

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from jrs.caching import ENGINES, cache_folder
 from jrs.errors import BackendError, OutOfMemoryError, UsageError, first_line
 from jrs.files import sha256_of, whole_file, write_json
 from jrs.resources import DATA
@@ -256,10 +257,8 @@ def plan_folder(graph: Path) -> Path:
     bundle = graph.resolve().parent
     if DATA.resolve() not in bundle.parents and os.access(bundle, os.W_OK):
         return bundle / "engines"
-    import platformdirs
-
     place = hashlib.sha256(str(bundle).encode()).hexdigest()[:16]
-    return Path(platformdirs.user_cache_dir("jrs", appauthor=False)) / "engines" / f"{bundle.name}-{place}"
+    return cache_folder() / ENGINES / f"{bundle.name}-{place}"
 
 
 def store_plan(folder: Path, plan: Plan) -> Path:
