@@ -23,6 +23,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSO
         major, minor = device.capability
         rows.append(("GPU", f"{device.name}, compute capability {major}.{minor}, {device.memory / 2**30:.1f} GB"))
     rows.append(("driver", found.driver) if found.devices else ("GPU", f"none: {found.no_gpu}"))
+    if found.auto is not None:
+        rows.append(("auto", f"{found.auto.backend} in {found.auto.precision} ({found.auto.reason})"))
     table("this machine", ("", ""), rows)
     table(
         "backends, best first",

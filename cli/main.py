@@ -36,7 +36,7 @@ def _options(
 
 
 def _register_verbs() -> None:
-    from jrs.cli import build, data, doctor, evaluate, export, infer, schema, train, warp
+    from jrs.cli import build, cache, data, doctor, evaluate, export, infer, schema, train, warp
 
     app.command("infer")(infer.infer)
     app.command("warp")(warp.warp)
@@ -48,6 +48,7 @@ def _register_verbs() -> None:
     app.command("import-weights")(export.import_weights)
     app.command("schema")(schema.schema)
     app.command("build")(build.build)
+    app.add_typer(cache.app, name="cache")
     app.command("doctor")(doctor.doctor)
     app.command("selftest")(doctor.selftest)
 

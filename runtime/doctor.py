@@ -11,11 +11,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from jrs import __version__
+from jrs.bundle import Bundle
 from jrs.errors import JrsError
 from jrs.resources import DATA
-from jrs.runtime.engines import Array, EngineOptions, all_backends, on_gpu, open_engine, why_unavailable
+from jrs.runtime.engines import (
+    Array,
+    EngineOptions,
+    all_backends,
+    choose_backend,
+    on_gpu,
+    open_engine,
+    why_unavailable,
+)
 from jrs.runtime.engines.cuda import Device, driver_version, visible_devices, why_no_device
 from jrs.runtime.machine import computes_bf16, cpu_name
+from jrs.runtime.precision import choose_precision
 
 # Name for the reader -> distributions, of which one may be there.
 _LIBRARIES = {
@@ -53,8 +63,17 @@ class BackendState:
 
 
 @dataclass(frozen=True)
+class AutoChoice:
+    """What ``--backend auto --precision auto`` stands for with the default bundle, and why that precision."""
+
+    backend: str
+    precision: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Diagnosis:
-    """All that ``jrs doctor`` finds; ``no_gpu`` says why there is no GPU."""
+    """All that ``jrs doctor`` finds; ``no_gpu`` says why there is no GPU, ``auto`` is None where nothing works."""
 
     jrs: str
     python: str
@@ -66,6 +85,7 @@ class Diagnosis:
     no_gpu: str | None
     libraries: tuple[Library, ...]
     backends: tuple[BackendState, ...]
+    auto: AutoChoice | None
 
     @property
     def healthy(self) -> bool:
@@ -86,7 +106,19 @@ def diagnose() -> Diagnosis:
         no_gpu=None if visible_devices() else why_no_device(),
         libraries=tuple(Library(name, _version(names)) for name, names in _LIBRARIES.items()),
         backends=tuple(_try(name) for name in all_backends()),
+        auto=_auto(),
     )
+
+
+def _auto() -> AutoChoice | None:
+    try:
+        backend, _ = choose_backend()
+        bundle = Bundle.open()
+        chosen = choose_precision(bundle, backend, "auto")
+    except JrsError:
+        return None
+    precision = bundle.manifest.precision if on_gpu(backend) else chosen.precision
+    return AutoChoice(backend, precision, chosen.reason)
 
 
 def _version(distributions: tuple[str, ...]) -> str | None:

@@ -125,6 +125,16 @@ def write_image(path: Path, data: Matrix, affine: Matrix) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test reads or writes the user's cache; processes that tests start inherit this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("JRS_CACHE_DIR", str(folder))
+        patch.delenv("JRS_CACHE_LIMIT", raising=False)
+        yield folder
+
+
 class Helpers:
     """The functions above, for test files: with pytest's importlib mode they cannot import this one."""
 

@@ -98,7 +98,7 @@ def test_without_tumour_or_with_nothing_but_folds() -> None:
 
 def network_input(images: Any, present: tuple[bool, ...]) -> NetworkInput:
     tensor = np.asarray(images, dtype=np.float32)
-    return NetworkInput(tensor[None], tensor, present, Geometry(tensor.shape[1:], np.eye(4)))
+    return NetworkInput(tensor[None], present, Geometry(tensor.shape[1:], np.eye(4)))
 
 
 def test_similarity_of_every_shared_modality_outside_the_tumour() -> None:

@@ -742,6 +742,7 @@ def test_the_whole_way_does_not_depend_on_orientation(
 def test_an_atlas_is_encoded_once_for_two_cases(
     tiny_bundle: Path, phantom: Any, helpers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("JRS_CACHE_LIMIT", "0")  # in memory alone
     second = folder_stored_as(phantom, helpers, tmp_path / "second", "RAS")
     with Pipeline.open(tiny_bundle, "ort-cpu", threads=1) as fresh:
         calls = counted(fresh, monkeypatch)

@@ -437,5 +437,5 @@ def test_a_tumour_seen_in_t1_alone_is_not_let_go_of(
     channels: tuple[str, ...], present: tuple[bool, ...], believed: bool
 ) -> None:
     empty = np.zeros((len(channels), 2, 2, 2), dtype=np.float32)
-    image = NetworkInput(empty[None], empty, present, Geometry((2, 2, 2), np.eye(4)))
+    image = NetworkInput(empty[None], present, Geometry((2, 2, 2), np.eye(4)))
     assert shows_tumors(image, channels) is believed

@@ -210,7 +210,7 @@ def test_what_cannot_be_trusted_is_built_again(default: Bundle, tmp_path: Path, 
 def test_a_bundle_that_cannot_be_written_has_its_plans_in_the_users_cache(
     graph: Path, default: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("JRS_CACHE_DIR", str(tmp_path / "cache"))
     # The one that ships is left as it was installed, whoever runs this.
     shipped = plans.plan_folder(default.graph("encoder"))
     assert default.folder not in shipped.parents

@@ -1,0 +1,101 @@
+"""Engines opened in the background: once each, their errors raised where the engine is used."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jrs.bundle import Bundle
+from jrs.errors import BackendError
+from jrs.runtime import network as network_module
+from jrs.runtime.network import Network
+
+IMAGE = np.random.default_rng(0).normal(size=(1, 4, 32, 32, 32)).astype(np.float32)
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path) -> Bundle:
+    return Bundle.open(tiny_bundle)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Every engine that is opened, and whether in the background."""
+    log: list[tuple[str, bool]] = []
+    real = network_module.open_engine
+
+    def noted(graph: Path, name: str, *rest: Any) -> Any:
+        log.append((name, threading.current_thread() is not threading.main_thread()))
+        return real(graph, name, *rest)
+
+    monkeypatch.setattr(network_module, "open_engine", noted)
+    return log
+
+
+def test_engines_are_opened_once_in_the_order_asked_for(bundle: Bundle, opened: list[tuple[str, bool]]) -> None:
+    with Network(bundle, "ort-cpu", threads=1) as network:
+        network.open_ahead(["encoder", "registration", "nothing_of_that_name"])
+        network.open_ahead(["encoder", "transformer"])
+        codes = network.encode(IMAGE)
+        ahead = network.register(IMAGE, codes, codes)
+        network.segment(codes)
+        network.open_ahead(["encoder", "segmentation"])
+    assert opened == [("encoder", True), ("registration", True), ("transformer", True), ("segmentation", False)]
+    with Network(bundle, "ort-cpu", threads=1) as network:
+        codes = network.encode(IMAGE)
+        np.testing.assert_array_equal(network.register(IMAGE, codes, codes).moved, ahead.moved)
+
+
+def test_an_error_is_raised_where_the_engine_is_used(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = network_module.open_engine
+
+    def broken(graph: Path, name: str, *rest: Any) -> Any:
+        if name == "segmentation":
+            raise BackendError("backend ort-cpu: cannot load it")
+        return real(graph, name, *rest)
+
+    monkeypatch.setattr(network_module, "open_engine", broken)
+    with Network(bundle, "ort-cpu", threads=1) as network:
+        network.open_ahead(["segmentation", "encoder"])
+        codes = network.encode(IMAGE)
+        for _ in range(2):
+            with pytest.raises(BackendError, match="backend ort-cpu: cannot load it"):
+                network.segment(codes)
+
+
+def test_leaving_closes_what_was_never_used(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, go = threading.Event(), threading.Event()
+    closed: list[str] = []
+
+    class Slow:
+        def __init__(self, name: str) -> None:
+            self.name = name
+            started.set()
+            go.wait(20)
+
+        def __enter__(self) -> Slow:
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            closed.append(self.name)
+
+    monkeypatch.setattr(network_module, "open_engine", lambda graph, name, *rest: Slow(name))
+    with Network(bundle, "ort-cpu", threads=1) as network:
+        network.open_ahead(["encoder", "registration"])
+        assert started.wait(20)
+        threading.Timer(0.2, go.set).start()
+    assert closed == ["encoder"]  # the one behind it was never begun
+
+
+def test_a_gpus_engines_are_opened_where_they_are_used(
+    bundle: Bundle, opened: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network_module, "on_gpu", lambda backend: True)
+    with Network(bundle, "ort-cpu", threads=1) as network:
+        network.open_ahead(["encoder"])
+        network.encode(IMAGE)
+    assert opened == [("encoder", False)]
