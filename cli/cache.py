@@ -21,8 +21,8 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.
     """Say where the cache is, what it holds and how large it may become."""
     import json
 
-    from jrs.caching import KINDS, Store
     from jrs.cli.console import table
+    from jrs.runtime.caching import KINDS, Store
 
     store = Store.open()
     held = store.contents()
@@ -43,7 +43,7 @@ def clear(
     kind: Annotated[str | None, typer.Option("--kind", help="Only this kind, as jrs cache info names it.")] = None,
 ) -> None:
     """Remove what the cache holds; it is made again where it is needed."""
-    from jrs.caching import KINDS, Store
+    from jrs.runtime.caching import KINDS, Store
 
     if kind is not None and kind not in KINDS:
         raise UsageError(f"--kind {kind} is unknown; choose from {', '.join(KINDS)}")

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jrs.caching import Entry, Store, digest
 from jrs.geometry import Geometry
 from jrs.manifest import ModelSpec
 from jrs.resources import DATA
 from jrs.runtime.affine import block_of
 from jrs.runtime.affine_search import Block
+from jrs.runtime.caching import Entry, Store, digest
 from jrs.runtime.cases import Case, load_case
 from jrs.runtime.engines import hosted, on_gpu
 from jrs.runtime.machine import code_digest, numerics

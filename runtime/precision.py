@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from jrs.bundle import Bundle
-from jrs.caching import VERDICTS, Entry, Store
 from jrs.errors import JrsError, first_line
 from jrs.fields import DisplacementField
 from jrs.geometry import FloatArray, Geometry
 from jrs.manifest import ModelSpec
 from jrs.reading import read_volume
 from jrs.resources import atlas_path
+from jrs.runtime.caching import VERDICTS, Entry, Store
 from jrs.runtime.engines import on_gpu
 from jrs.runtime.machine import code_digest, computes_bf16, numerics
 from jrs.runtime.preprocess import normalize, place_grid

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jrs.caching import DEFAULT_LIMIT, KINDS, Entry, Store, cache_folder, cache_limit, digest
 from jrs.cli.main import run
 from jrs.errors import CannotCreateError, UsageError
+from jrs.runtime.caching import DEFAULT_LIMIT, KINDS, Entry, Store, cache_folder, cache_limit, digest
 
 KEY = {"bundle": "abc", "grid": [[1, 2, 3], [0.1, -0.0]], "threads": 2}
 
@@ -212,7 +212,7 @@ WORKER = """
 import sys
 from pathlib import Path
 import numpy as np
-from jrs.caching import Entry, Store
+from jrs.runtime.caching import Entry, Store
 
 store = Store(Path(sys.argv[1]), 60_000)
 for turn in range(40):

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from jrs.bundle import Bundle
-from jrs.caching import Store
 from jrs.manifest import GridSpec
 from jrs.runtime import fixed as fixed_module
 from jrs.runtime import machine
+from jrs.runtime.caching import Store
 from jrs.runtime.cases import load_case
 from jrs.runtime.fixed import FixedImage, FixedImages, Shelf
 from jrs.runtime.network import Network

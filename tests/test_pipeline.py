@@ -307,7 +307,8 @@ def test_the_report_has_its_keys(run: Run, tiny_bundle: Path) -> None:
     assert report["case"] == "case7" and report["atlas"] == "phantomatlas"
     digest = hashlib.sha256((tiny_bundle / "manifest.json").read_bytes()).hexdigest()
     assert report["bundle"] == {"name": "tiny", "sha256": digest}
-    assert report["engine"] == {"backend": "ort-cpu", "device": "CPU", "precision": "fp32"}
+    engine = {"backend": "ort-cpu", "device": "CPU", "precision": "fp32", "gate": None}
+    assert report["engine"] == {**engine, "reason": "ort-cpu computes in fp32 alone"}
     assert report["modalities"] == list(MODALITIES)
     # Random weights deform at random: the report has to say so, and nothing else is wrong.
     assert all("less like the atlas" in warning for warning in report["warnings"])

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from jrs.bundle import Bundle
-from jrs.caching import Store
 from jrs.cli.main import run
 from jrs.errors import OutOfMemoryError
 from jrs.geometry import Geometry
 from jrs.manifest import ModelSpec
 from jrs.runtime import machine, precision
+from jrs.runtime.caching import Store
 from jrs.runtime.engines import available_backends
 from jrs.runtime.network import Network
 from jrs.runtime.precision import Verdict, choose_precision, compare, reference_pair, verdict_of

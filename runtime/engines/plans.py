@@ -19,10 +19,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jrs.caching import ENGINES, cache_folder
 from jrs.errors import BackendError, OutOfMemoryError, UsageError, first_line
 from jrs.files import sha256_of, whole_file, write_json
 from jrs.resources import DATA
+from jrs.runtime.caching import ENGINES, cache_folder
 from jrs.runtime.engines import kernel
 from jrs.runtime.engines.base import graph_name
 from jrs.runtime.engines.cuda import Device, driver_version, visible_devices
