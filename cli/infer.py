@@ -57,7 +57,10 @@ def infer(
             help="auto, tensorrt, tensorrt-rtx, ort-cuda, ort-tensorrt, openvino or ort-cpu; see jrs doctor.",
         ),
     ] = "auto",
-    precision: Annotated[str, typer.Option("--precision", help="auto, fp32 or bf16.")] = "auto",
+    precision: Annotated[
+        str,
+        typer.Option("--precision", help="fp32, bf16, or auto: bf16 where CPU and bundle bear it; see jrs doctor."),
+    ] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
 ) -> None:

@@ -39,11 +39,13 @@ def computes_bf16() -> bool:
 
 
 def _cpuinfo(name: str) -> str | None:
+    """What Linux says of the first processor; the file is made as it is read, and long where there are many."""
     info = Path("/proc/cpuinfo")
     if sys.platform == "linux" and info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.lower().startswith(name):
-                return line.split(":", 1)[1].strip()
+        with info.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if line.lower().startswith(name):
+                    return line.split(":", 1)[1].strip()
     return None
 
 
@@ -59,11 +61,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
+def _features() -> str:
+    """SHA-256 of what the processor can do: virtual machines hide features of one and shorten its name."""
+    return hashlib.sha256(" ".join(sorted((_cpuinfo("flags") or "").split())).encode()).hexdigest()
+
+
 def numerics(threads: int | None) -> dict[str, Any]:
     """All but the inputs that may change the last bit of a result, as a part of a key."""
-    # A name is not enough: virtual machines hide features of a processor and shorten its name.
-    features = hashlib.sha256(" ".join(sorted((_cpuinfo("flags") or "").split())).encode()).hexdigest()
-    return {"cpu": cpu_name(), "features": features, "threads": threads or os.cpu_count(), "versions": versions()}
+    return {"cpu": cpu_name(), "features": _features(), "threads": threads or os.cpu_count(), "versions": versions()}
 
 
 @cache

@@ -25,6 +25,7 @@ from jrs.runtime.engines import (
     hosted,
     on_gpu,
     open_engine,
+    why_unavailable,
 )
 from jrs.runtime.precision import Choice, choose_precision
 
@@ -69,7 +70,9 @@ class Network:
 
     @cached_property
     def _choice(self) -> Choice:
-        return choose_precision(self.bundle, *self._asked, self.threads)
+        choice = choose_precision(self.bundle, *self._asked, self.threads)
+        lacking = why_unavailable("openvino") if self._free_to_choose and self.backend == "ort-cpu" else None
+        return choice if lacking is None else replace(choice, reason=f"{choice.reason}; {lacking}")
 
     @property
     def info(self) -> EngineInfo:

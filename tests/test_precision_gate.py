@@ -241,6 +241,18 @@ def test_the_report_says_what_was_taken(
     assert f"{verdict.field_p99_mm:.3f} mm" in engine["reason"]
 
 
+def test_what_is_not_installed_is_told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    real = importlib.util.find_spec
+    absent = ("openvino", "tensorrt", "tensorrt_rtx")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in absent else real(name, *a))
+    with Network(bundle, threads=1) as network:
+        if network.backend == "ort-cpu":  # no GPU here
+            assert network.info.precision == "fp32"
+            assert "openvino is not installed; pip install openvino" in str(network.info.reason)
+
+
 @needs_openvino
 def test_doctor_says_what_auto_takes(gate: Any, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setattr("jrs.runtime.doctor.choose_backend", lambda: ("openvino", "fp32"))

@@ -91,7 +91,8 @@ def available_backends() -> list[str]:
 def choose_backend(name: str = "auto", precision: str = "auto") -> tuple[str, str]:
     """The backend and precision that ``auto`` stands for here; the same on every run.
 
-    ``precision`` is what a CPU backend computes in; a GPU computes in what the bundle's graphs are stored in.
+    ``precision`` is what a CPU backend computes in; a GPU computes in what the bundle's graphs are stored in. Without
+    a bundle, ``auto`` is FP32; ``jrs.runtime.precision`` says what it is with one.
     Raises UsageError for an unknown name, BackendError for one that is not installed or has no device.
     """
     if name != "auto" and name not in _BACKENDS:
