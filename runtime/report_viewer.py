@@ -21,7 +21,7 @@ from jrs.geometry import FloatArray, Geometry
 from jrs.resources import DATA
 from jrs.runtime.colors import CLASS_COLORS, CLASS_NAMES
 from jrs.runtime.report_pictures import label_center
-from jrs.runtime.sampling import affine_coords, sample, sample_along_axes, sample_nearest
+from jrs.runtime.sampling import Sampled, affine_coords, sample_nearest
 from jrs.volume import Volume, foreground_mask
 
 Array = npt.NDArray[np.float32]
@@ -88,19 +88,7 @@ def viewer_grid(fixed: Volume) -> Geometry:
 
 def _onto(image: npt.NDArray[Any], fixed: Volume, grid: Geometry) -> Array:
     """Trilinear; the grid is hardly coarser than the images, so nothing is averaged."""
-    matrix = fixed.geometry.inverse @ grid.affine
-    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(grid.shape) - 1.0)
-    corners = corners @ matrix[:3, :3].T + matrix[:3, 3]
-    start = np.clip(np.floor(corners.min(axis=0)).astype(int) - 1, 0, np.array(image.shape) - 1)
-    stop = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 2, start + 1, None)
-    # Only what the grid covers: most of an image is air.
-    part = image[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
-    matrix[:3, 3] -= start
-    data = np.ascontiguousarray(part, dtype=np.float32)[None]
-    sampled = sample_along_axes(data, matrix, grid.shape, 0, grid.shape[0])
-    if sampled is None:
-        sampled = sample(data, affine_coords(grid.shape, matrix), 0.0, _THREADS)
-    onto: Array = sampled[0]
+    onto: Array = Sampled(image[None], _THREADS).pull(grid.shape, fixed.geometry.inverse @ grid.affine)[0]
     return onto
 
 
