@@ -85,12 +85,9 @@ class LabelSampler:
         more = reach * np.sqrt(3.0) / np.array(target.spacing)
         low = np.maximum(0, np.floor(index.min(axis=0) - more)).astype(int)
         high = np.minimum(target.shape, np.ceil(index.max(axis=0) + more) + 1).astype(int)
-        a, b, c = (max(0, int(n)) for n in high - low)
-        if a * b * c:
-            affine = target.affine.copy()
-            affine[:3, 3] = target.to_ras(low)
-            classes = transform.pull(self._sampled, self._grid, Geometry((a, b, c), affine)).argmax(axis=0)
-            labels[low[0] : high[0], low[1] : high[1], low[2] : high[2]] = self._values[classes]
+        box = slice(low[0], high[0]), slice(low[1], high[1]), slice(low[2], high[2])
+        if (high > low).all():
+            labels[box] = self._values[transform.pull(self._sampled, self._grid, target.part(box)).argmax(axis=0)]
         return labels
 
 

@@ -33,6 +33,7 @@ from jrs.runtime.sampling import Sampled
 from jrs.runtime.transform import Transform
 from jrs.runtime.transform_files import load_affine
 from jrs.runtime.tumors import Tumors, shows_tumors
+from jrs.volume import occupied
 
 Array = npt.NDArray[np.float32]
 
@@ -334,8 +335,10 @@ def _moved(case: Case, transform: Transform, fixed: Geometry, threads: int | Non
     # Modalities on one grid share their coordinates.
     for geometry in dict.fromkeys(v.geometry for v in case.images.values()):
         names = [name for name, v in case.images.items() if v.geometry == geometry]
-        images = Sampled([case.images[name].data for name in names], threads)
-        moved |= dict(zip(names, transform.pull(images, geometry, fixed), strict=True))
+        data = [case.images[name].data for name in names]
+        box = occupied(data)  # the air around a head is zero, which is what lies outside an image
+        images = Sampled([channel[box] for channel in data], threads)
+        moved |= dict(zip(names, transform.pull(images, geometry.part(box), fixed), strict=True))
     return {name: moved[name] for name in case.images}
 
 

@@ -129,7 +129,7 @@ def pyramid(
 ) -> Pyramid:
     """Bring ``modalities`` of an image onto the grids through ``affine`` (grid to image, RAS mm)."""
     # The axes nearest to RAS first: what comes out does not depend on how a file stores its voxels.
-    volumes = [images[name].canonical() for name in modalities]
+    volumes = [images[name].canonical for name in modalities]
     finer: tuple[Geometry, Array] | None = None
     sampled = []
     for grid in reversed(grids):

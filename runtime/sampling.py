@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -62,25 +62,24 @@ def in_threads(work: Callable[[int, int], None], count: int, threads: int | None
 
 
 class Sampled:
-    """An image (C,X,Y,Z) made ready to be sampled, more than once or at many points."""
+    """An image (C,X,Y,Z), or its channels, made ready to be sampled more than once or at many points."""
 
-    def __init__(self, data: npt.ArrayLike, threads: int | None = None) -> None:
-        self._data: Array = np.asarray(data, dtype=np.float32)
+    def __init__(self, data: Sequence[npt.NDArray[Any]] | npt.NDArray[Any], threads: int | None = None) -> None:
         self.threads = threads
-        self.channels, self.shape = self._data.shape[0], self._data.shape[1:]
+        planar = [np.asarray(channel, dtype=np.float32) for channel in data]
+        self.channels, self.shape = len(planar), planar[0].shape
         self._native = native.available()
+        self._data: Array | None = None if self._native else np.stack(planar)
         # (volume, lanes, channels): four channels beside one another, or one alone.
         self._groups: list[tuple[Array, int, int]] = []
         for first in range(0, self.channels if self._native else 0, native.LANES):
-            chosen = self._data[first : first + native.LANES]
+            chosen = planar[first : first + native.LANES]
             if len(chosen) == 1:
                 self._groups.append((np.ascontiguousarray(chosen[0]), 1, 1))
             else:
                 self._groups.append((self._interleaved(chosen), native.LANES, len(chosen)))
-        if not self._native:
-            self._data = np.ascontiguousarray(self._data)
 
-    def _interleaved(self, chosen: Array) -> Array:
+    def _interleaved(self, chosen: Sequence[Array]) -> Array:
         volume = np.empty((*self.shape, native.LANES), dtype=np.float32)
         volume[..., len(chosen) :] = 0.0
 
@@ -106,7 +105,7 @@ class Sampled:
             for index, (volume, lanes, channels) in enumerate(self._groups):
                 first = index * native.LANES
                 native.sample(volume, lanes, part, outside, out[first : first + channels, start:stop])
-            if not self._native:
+            if self._data is not None:
                 out[:, start:stop] = _by_operator(self._data, part, outside)
 
         in_threads(work, flat.shape[1], self.threads, flat.shape[1])
