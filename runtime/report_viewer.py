@@ -7,7 +7,6 @@ page stays small; images and labels are bytes. NiiVue comes with the package, se
 from __future__ import annotations
 
 import base64
-import gzip
 import json
 from collections.abc import Mapping
 from html import escape
@@ -18,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from jrs.geometry import FloatArray, Geometry
+from jrs.gzipped import packed as gzipped
 from jrs.resources import DATA
 from jrs.runtime.colors import CLASS_COLORS, CLASS_NAMES
-from jrs.runtime.report_pictures import label_center
+from jrs.runtime.report_pictures import Sparse, label_center
 from jrs.runtime.sampling import Sampled, affine_coords, sample_nearest
 from jrs.volume import Volume, foreground_mask
 
@@ -76,11 +76,7 @@ def viewer(
 
 def viewer_grid(fixed: Volume) -> Geometry:
     """A RAS grid around the brain of the fixed image: `SPACING_MM`, or coarser where that were too many voxels."""
-    steps = [max(1, n // 80) for n in fixed.data.shape]
-    sparse = foreground_mask(fixed.data[tuple(slice(None, None, step) for step in steps)])
-    sparse |= not sparse.any()
-    points = fixed.geometry.to_ras(np.argwhere(sparse) * steps)
-    low, high = points.min(axis=0) - _MARGIN_MM, points.max(axis=0) + _MARGIN_MM
+    low, high = Sparse.of(fixed).extent() + np.array([[-_MARGIN_MM], [_MARGIN_MM]])
     spacing = SPACING_MM * max(1.0, (float(np.prod((high - low) / SPACING_MM)) / _MOST_VOXELS) ** (1.0 / 3.0))
     x, y, z = (max(2, int(np.ceil(side / spacing))) for side in high - low)
     return Geometry.aligned((x, y, z), (spacing,) * 3, (low + high) / 2.0, "RAS")
@@ -123,7 +119,7 @@ def _packed(data: npt.NDArray[Any], grid: Geometry, slope: float = 1.0, intent: 
     header[108:112] = np.float32(352.0).tobytes()  # vox_offset of a single file
     header[112:120] = np.array([slope, 0.0], dtype=np.float32).tobytes()
     content = bytes(header) + bytes(4) + data.tobytes(order="F")
-    return base64.b64encode(gzip.compress(content, compresslevel=1, mtime=0)).decode()
+    return base64.b64encode(gzipped(content)).decode()
 
 
 def _shown(name: str, colormap: str, **more: Any) -> dict[str, Any]:

@@ -345,3 +345,16 @@ def test_the_case_is_frozen(tmp_path: Path) -> None:
     case = load_case(image(tmp_path / "a.nii"))
     with pytest.raises(AttributeError):
         case.name = "b"  # type: ignore[misc]
+
+
+# Damage ---------------------------------------------------------------------------------------------------
+
+
+def test_of_several_damaged_files_the_first_modality_is_named(tmp_path: Path) -> None:
+    for ending in ("flair", "t2", "t1ce", "t1"):
+        image(tmp_path / f"a_{ending}.nii.gz", shape=(40, 40, 40))
+    for ending in ("flair", "t2", "t1ce"):
+        path = tmp_path / f"a_{ending}.nii.gz"
+        path.write_bytes(path.read_bytes()[:-1] if ending == "t1ce" else b"nothing")
+    # t1ce is found wrong only at its end, after the others.
+    assert "a_t1ce.nii.gz" in usage("cut off", tmp_path, error=BadDataError)
