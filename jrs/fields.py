@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from jrs.geometry import FloatArray, Geometry
+from jrs.parallel import together
 
 Array = npt.NDArray[np.float32]
 
@@ -77,8 +77,7 @@ def jacobian_determinant(field: DisplacementField, rows: int = 16) -> Array:
             a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0]) + a[2] * (b[0] * c[1] - b[1] * c[0])
         ) / np.float32(np.linalg.det(linear))
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(work, range(0, count, rows)))
+    together([partial(work, start) for start in range(0, count, rows)])
     return out
 
 

@@ -7,7 +7,6 @@ half a voxel outside the image takes the value ``outside``, as in ITK; ``outside
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jrs.geometry import FloatArray, Geometry, Shape
+from jrs.parallel import available_cpus
 from jrs.runtime import native
 
 Array = npt.NDArray[np.float32]
@@ -52,7 +52,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def in_threads(work: Callable[[int, int], None], count: int, threads: int | None, points: int) -> None:
     """``work(start, stop)`` for pieces of ``range(count)``, each on a thread if there are enough ``points`` in all."""
-    workers = threads or min(8, os.cpu_count() or 1)
+    workers = threads or min(8, available_cpus())
     pieces = min(workers, count) if points > _WORTH_A_THREAD else 1
     if pieces <= 1:
         work(0, count)
