@@ -49,6 +49,9 @@ DATA = (
     "jrs/data/configs/paper.toml",
 )
 DEFAULT_BUNDLE = "jrs/data/bundles/default"
+# The kernels, compiled for the stable ABI.
+SOURCES = ("setup.py", "runtime/kernels.c")
+COMPILED = re.compile(r"jrs/runtime/_kernels\.(abi3\.so|pyd)")
 # Where else than in pyproject.toml the version stands.
 VERSIONS = {"jrs/__init__.py": r'^__version__ = "(.+)"$', "CITATION.cff": r"^version: (.+)$"}
 HOUSE_FILES = (
@@ -114,7 +117,10 @@ def check_wheel(path: Path) -> list[str]:
     inside = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt"}
     inside |= {"licenses/LICENSE", "licenses/NOTICE"}
     wanted = set(modules().values()) | data_files() | {f"{info}/{name}" for name in inside}
-    problems = compare(where, set(files), wanted)
+    compiled = {name for name in files if COMPILED.fullmatch(name)}
+    problems = compare(where, set(files) - compiled, wanted)
+    if len(compiled) != 1 or "-abi3-" not in where:
+        problems.append(f"{where}: the compiled kernels are missing; build it with a C compiler")
     problems += [f"{where}: {name} is a link" for name, i in files.items() if (i.external_attr >> 28) == 0xA]
     problems += too_large(where, {name: i.file_size for name, i in files.items()})
     if "jrs = jrs.cli.main:main" not in entry_points:
@@ -141,7 +147,7 @@ def check_sdist(path: Path) -> list[str]:
     found = {name for name in sizes if not name.startswith("jrs.egg-info/")}
     tests = {f.relative_to(ROOT).as_posix() for f in (ROOT / "tests").rglob("*") if f.is_file()}
     tests = {name for name in tests if "__pycache__" not in name}
-    wanted = set(modules()) | data_files() | tests | set(HOUSE_FILES) | generated
+    wanted = set(modules()) | data_files() | tests | set(HOUSE_FILES) | set(SOURCES) | generated
     problems = compare(where, found, wanted)
     problems += [f"{where}: {m.name} is a link" for m in members if m.issym() or m.islnk()]
     return problems + too_large(where, sizes)

@@ -63,9 +63,7 @@ def draw(labels: Volume, path: Path, seed: int) -> None:
 
 def dice(moving: Volume, fixed: Volume, transform: Transform) -> float:
     """Mean over the structures that both have."""
-    moved = np.zeros(fixed.geometry.shape, dtype=moving.data.dtype)
-    for planes, points, _ in transform.forward(fixed.geometry):
-        moved[planes] = sample_nearest(moving.data, to_voxel_coords(points, moving.geometry))
+    moved = sample_nearest(moving.data, to_voxel_coords(transform.positions(fixed.geometry), moving.geometry))
     scores = []
     for value in STRUCTURES.values():
         a, b = moved == value, fixed.data == value

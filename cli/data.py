@@ -44,10 +44,10 @@ def scan(
 ) -> int:
     """List the cases of a folder and what is wrong with each; exit code 1 if some are unusable."""
     from jrs.manifest import MODALITIES
+    from jrs.parallel import available_cpus
     from jrs.train.datasets import find_cases
     from jrs.train.datasets.manifest import write_manifest
     from jrs.train.datasets.scan import scan_cases
-    from jrs.train.pool import available_cpus
 
     required = [name.strip().lower() for name in (require or "").split(",") if name.strip()]
     if unknown := [name for name in required if name not in MODALITIES]:
@@ -124,11 +124,11 @@ def prepare(
     workers: _Workers = None,
 ) -> int:
     """Prepare cases once, for training to map into memory; exit code 1 if some could not be."""
+    from jrs.parallel import available_cpus
     from jrs.resources import atlas_path
     from jrs.train.cache_build import build_cache
     from jrs.train.configfile import load_config
     from jrs.train.datasets import find_cases
-    from jrs.train.pool import available_cpus
 
     if align not in ("auto", "off"):
         raise UsageError(f"--align {align} is unknown; choose auto or off")

@@ -8,6 +8,8 @@ takes that, every other one runs the body.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -75,7 +77,7 @@ def function_body() -> onnx.FunctionProto:
 
 def add_function(model: onnx.ModelProto) -> None:
     """Give ``model`` the operator's body and its domain, once, and its nodes what TensorRT looks for."""
-    for node in model.graph.node:
+    for node in _nodes(model.graph):
         if node.domain == DOMAIN and node.op_type == OP_TYPE:
             present = {attribute.name for attribute in node.attribute}
             node.attribute.extend(
@@ -85,6 +87,15 @@ def add_function(model: onnx.ModelProto) -> None:
         model.functions.append(function_body())
     if not any(o.domain == DOMAIN for o in model.opset_import):
         model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Every node, those inside loops and branches included."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _nodes(attribute.g)
 
 
 def sampler_model() -> onnx.ModelProto:

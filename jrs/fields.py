@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from jrs.geometry import FloatArray, Geometry
+from jrs.parallel import together
 
 Array = npt.NDArray[np.float32]
 
@@ -55,12 +57,13 @@ def jacobian_determinant(field: DisplacementField, rows: int = 16) -> Array:
     """det d(x + d(x))/dx at every voxel, (X,Y,Z) float32, from central differences of the field.
 
     With F the grid's linear part and G the differences of d along the array's axes, the determinant is
-    det(F + G) / det(F); any orientation, spacing and shear. ``rows`` planes are worked on at once.
+    det(F + G) / det(F); any orientation, spacing and shear. ``rows`` planes are worked on at once by each thread.
     """
     linear: FloatArray = field.geometry.affine[:3, :3]
     count = field.geometry.shape[0]
     out = np.empty(field.geometry.shape, dtype=np.float32)
-    for start in range(0, count, rows):
+
+    def work(start: int) -> None:
         stop = min(start + rows, count)
         # One plane more on either side, so that the differences at the seams are central too.
         low, high = max(0, start - 1), min(count, stop + 1)
@@ -73,6 +76,8 @@ def jacobian_determinant(field: DisplacementField, rows: int = 16) -> Array:
         out[start:stop] = (
             a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0]) + a[2] * (b[0] * c[1] - b[1] * c[0])
         ) / np.float32(np.linalg.det(linear))
+
+    together([partial(work, start) for start in range(0, count, rows)])
     return out
 
 

@@ -133,6 +133,13 @@ class Geometry:
         shape = tuple(n + 2 * more for n, more in zip(self.shape, voxels, strict=True))
         return Geometry(shape, affine)  # type: ignore[arg-type]
 
+    def part(self, box: tuple[slice, slice, slice]) -> Geometry:
+        """The grid of ``data[box]``; the slices have a start, a stop and no step."""
+        affine = self.affine.copy()
+        affine[:3, 3] = self.to_ras([side.start for side in box])
+        a, b, c = (side.stop - side.start for side in box)
+        return Geometry((a, b, c), affine)
+
     def canonical(self) -> tuple[Geometry, Reorientation]:
         """This grid with its axes in the order and direction nearest to RAS, and how an array gets there.
 

@@ -6,12 +6,10 @@ byte order, and FreeSurfer's MGH; each plain or gzipped.
 
 from __future__ import annotations
 
-import gzip
 import math
 import re
 import stat
 import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from jrs.errors import BadDataError, MissingInputError, OutOfMemoryError
 from jrs.geometry import FloatArray, Geometry, Shape
+from jrs.gzipped import DAMAGED, open_gzip
 
 MAX_AXIS = 1024
 """Most voxels along one axis."""
@@ -99,7 +98,7 @@ def one_line(path: Path) -> Iterator[None]:
         raise OutOfMemoryError(message) from error
     except EOFError as error:
         raise bad(path, f"is cut off, its gzip stream ends early; {AGAIN}") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise bad(path, f"is damaged, its gzip stream is wrong ({_reason(error)}); {AGAIN}") from error
     except (OSError, ValueError, TypeError, LookupError, ArithmeticError, HeaderDataError) as error:
         raise bad(path, f"cannot be read ({_reason(error)}); {AGAIN}") from error
@@ -138,8 +137,8 @@ def _is_gzip(path: Path) -> bool:
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
     """The file's bytes, unpacked if it is gzip by content: names lie in both directions."""
-    with gzip.open(path, "rb") if _is_gzip(path) else path.open("rb") as stream:
-        yield cast(IO[bytes], stream)
+    with open_gzip(path) if _is_gzip(path) else path.open("rb") as stream:
+        yield stream
 
 
 def _other_half(path: Path, ending: str) -> Path:

@@ -18,7 +18,7 @@ from jrs.errors import BadDataError, MissingInputError, first_line
 from jrs.fields import DisplacementField
 from jrs.files import write_text
 from jrs.geometry import FloatArray, Geometry
-from jrs.writing import rounded, save_nifti
+from jrs.writing import save_nifti
 
 _FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 _HEAD = "#Insight Transform File"
@@ -29,7 +29,8 @@ def save_field(path: Path, field: DisplacementField) -> None:
 
     Vectors are rounded to 2^-11 mm: a quarter of a micrometre of error, a quarter less to store.
     """
-    save_nifti(path, rounded(to_lps_array(field.vectors_mm), 11), field.geometry, intent="vector")
+    vectors = np.moveaxis(field.vectors_mm, 0, -1)[:, :, :, None, :]
+    save_nifti(path, vectors, field.geometry, "vector", bits=11, signs=(-1.0, -1.0, 1.0))
 
 
 def to_lps_array(vectors_mm: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

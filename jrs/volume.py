@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,32 @@ class Volume:
         """Voxels of the head or brain; see ``foreground_mask``."""
         return foreground_mask(self.data)
 
+    @cached_property
     def canonical(self) -> Volume:
-        """The same image with its axes nearest to RAS; see ``Geometry.canonical``."""
+        """The same image with its axes nearest to RAS (see ``Geometry.canonical``), without the air around it.
+
+        What is sampled with zero outside does not change when planes of zeros are left out.
+        """
         grid, order = self.geometry.canonical()
-        return Volume(np.ascontiguousarray(order.apply(self.data)), grid, self.path, self.notes)
+        data = order.apply(self.data)
+        box = occupied([data])
+        return Volume(np.ascontiguousarray(data[box]), grid.part(box), self.path, self.notes)
+
+
+def occupied(images: Sequence[npt.NDArray[Any]]) -> tuple[slice, slice, slice]:
+    """The smallest box that holds every voxel other than zero of any of ``images`` (X,Y,Z), and one voxel around it."""
+    shape = images[0].shape
+    along: list[npt.NDArray[np.bool_]] = [np.zeros(n, dtype=bool) for n in shape]
+    for data in images:
+        behind = np.any(data, axis=0)
+        along[0] |= np.any(data, axis=(1, 2))
+        along[1] |= behind.any(axis=1)
+        along[2] |= behind.any(axis=0)
+    box = []
+    for used, n in zip(along, shape, strict=True):
+        where = np.flatnonzero(used)
+        box.append(slice(max(0, int(where[0]) - 1), min(n, int(where[-1]) + 2)) if where.size else slice(0, n))
+    return box[0], box[1], box[2]
 
 
 def foreground_mask(data: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

@@ -152,7 +152,7 @@ def _optimised(moving: Block, fixed: Block, start: FloatArray, kind: Kind, threa
 
 def block_of(volume: Volume, threads: int | None) -> Block:
     """The image at half resolution on a grid along RAS axes that just holds its foreground, negatives cut off."""
-    volume = volume.canonical()
+    volume = volume.canonical
     lower, upper = _box(volume)
     lower, upper = lower - _MARGIN_MM, upper + _MARGIN_MM
     shape = np.maximum(8, np.ceil((upper - lower) / _SPACING_MM)).astype(int)
@@ -170,7 +170,7 @@ def _simpleitk_image(sitk: Any, block: Block) -> Any:
 
 def foreground_box(volume: Volume) -> tuple[FloatArray, FloatArray]:
     """RAS mm of the lower and upper corner of the box that holds the image's foreground."""
-    return _box(volume.canonical())
+    return _box(volume.canonical)
 
 
 def _box(volume: Volume) -> tuple[FloatArray, FloatArray]:

@@ -107,11 +107,25 @@ def load_case(
         return _case_of_file(path, modality, None if channels is None else names, names)
     if channels is not None:
         raise UsageError(f"{shown(path)}: is a folder and --channels is for a 4-D file; leave it out")
+    path = _bids_folder(path)
     files = find_case(path)
     if modality is not None and modality not in files:
         raise UsageError(f"{shown(path)}: holds no {modality}, only {', '.join(files)}; choose one of these")
     name = _common_name(list(files.values()))
     return Case(name, _read({modality: files[modality]} if modality else files), path)
+
+
+def _bids_folder(folder: Path) -> Path:
+    """The folder with the images of a BIDS subject or session (``sub-01``, ``sub-01/ses-1``), any other as it is."""
+    name = folder.resolve().name
+    if not name.startswith(("sub-", "ses-")):
+        return folder
+    there = [folder / "anat", *(folder.glob("ses-*/anat") if name.startswith("sub-") else ())]
+    found = sorted(path for path in there if path.is_dir())
+    if len(found) > 1:
+        sessions = ", ".join(shown(path.parent.name) for path in found)
+        raise UsageError(f"{shown(folder)}: holds {len(found)} sessions, {sessions}; name the folder of one of them")
+    return found[0] if found else folder
 
 
 def _named_case(path: Path | str | None, described: bool, modalities: Mapping[str, Path]) -> Case:

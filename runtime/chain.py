@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from jrs.fields import DisplacementField
 from jrs.geometry import FloatArray, Geometry
 from jrs.runtime.inversion import InverseField, Residual
-from jrs.runtime.sampling import affine_coords, sample, slabs
+from jrs.runtime.sampling import Sampled, affine_coords, slabs
 from jrs.transforms import Affine
 
 Array = npt.NDArray[np.float32]
@@ -28,6 +28,7 @@ class Chain:
 
     steps: tuple[Step, ...]
     threads: int | None = None
+    _ready: dict[int, Sampled] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         merged: list[Step] = []
@@ -74,15 +75,21 @@ class Chain:
             else:
                 inverse = step.geometry.inverse
                 coords = (inverse[:3, :3] @ points.reshape(3, -1) + inverse[:3, 3:4]).reshape(points.shape)
-                points = points + sample(step.vectors_mm, coords.astype(np.float32), 0.0, self.threads)
+                points = points + self._sampled(step).at(coords.astype(np.float32))
         return points
+
+    def _sampled(self, step: DisplacementField) -> Sampled:
+        """A field made ready once, however many slabs of points go through it."""
+        if id(step) not in self._ready:
+            self._ready[id(step)] = Sampled(step.vectors_mm, self.threads)
+        return self._ready[id(step)]
 
     def forward(self, grid: Geometry) -> Iterator[tuple[slice, Array]]:
         """Slab by slab of ``grid``: which planes, and where their voxels are led, (3, x, y, z) RAS mm."""
         # Affines in front of the first field act on the grid itself, in double precision.
         first = self.steps[0] if self.steps and isinstance(self.steps[0], Affine) else None
         start_affine = grid.affine if first is None else first.matrix @ grid.affine
-        rest = self if first is None else Chain(self.steps[1:], self.threads)
+        rest = self if first is None else Chain(self.steps[1:], self.threads, self._ready)
         for start, stop in slabs(grid.shape):
             yield slice(start, stop), rest.through(affine_coords(grid.shape, start_affine, start, stop))
 

@@ -35,7 +35,7 @@ from jrs.volume import Volume
 Array = npt.NDArray[np.float32]
 
 _FORMAT = 1
-_SAMPLED = ("jrs.geometry", "jrs.volume", "jrs.runtime.sampling", "jrs.runtime.affine")
+_SAMPLED = ("jrs.geometry", "jrs.volume", "jrs.runtime.sampling", "jrs.runtime.native", "jrs.runtime.affine")
 _ENGINES = ("jrs.runtime.engines.base", "jrs.runtime.engines.openvino", "jrs.runtime.engines.onnxruntime")
 # The sources of what makes an entry of each kind.
 _CODE = {

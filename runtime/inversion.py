@@ -1,9 +1,10 @@
 """The inverse of a displacement field, solved where it is asked for.
 
 With T(x) = x + d(x), the field's own affine part B (least squares over its grid) and the rest r(x) = T(x) - B x,
-T(x) = y is solved by x <- x + w B^-1 (y - T(x)): a fixed-point iteration (Chen et al. 2008, doi 10.1118/1.2816107)
-that a large rotation or shift inside d does not disturb. Beyond its grid the field is continued by B and the border
-value of r. Each point has a step w of its own, halved where it overshoots.
+T(x) = y becomes x + B^-1 r(x) = B^-1 y: a large rotation or shift inside d does not disturb what is then solved for,
+v with v + u(z + v) = 0 for u = B^-1 r. The compiled kernels take Newton's steps on the trilinear field; without them
+v <- v - w (v + u(z + v)) is iterated (Chen et al. 2008, doi 10.1118/1.2816107). Each point has a step of its own,
+halved where it overshoots. Beyond its grid a field is continued by B and the border value of r.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from jrs.fields import DisplacementField
-from jrs.geometry import FloatArray
-from jrs.runtime.sampling import affine_coords, sample
+from jrs.geometry import FloatArray, Geometry, Shape
+from jrs.runtime import native
+from jrs.runtime.sampling import Sampled, affine_coords, in_threads, slabs
 
 Array = npt.NDArray[np.float32]
 
-TOLERANCE_MM = 1e-3
+TOLERANCE_MM = 2e-4
 _STEPS = 60
 _SMALLEST_STEP = 2.0**-6
 _FITTED = 40_000
+_EVALUATIONS = 40
+"""Of the field for one point, by the compiled kernels; two or three are the rule."""
 
 
 @dataclass
@@ -76,41 +80,95 @@ class InverseField:
         return matrix if sizes.min() > 0.1 and np.linalg.matrix_rank(known) == 4 else np.eye(4)
 
     @cached_property
-    def _rest(self) -> Array:
-        """r = T(x) - B x on the field's grid, (3,X,Y,Z)."""
+    def _rest(self) -> VoxelField:
+        """u = B^-1 r on the field's grid."""
         grid = self.field.geometry
         rest = affine_coords(grid.shape, (np.eye(4) - self._affine) @ grid.affine)
         rest += self.field.vectors_mm
-        return rest
+        back = np.asarray(np.linalg.inv(self._affine[:3, :3]), dtype=np.float64)
+        return VoxelField(back, rest, grid, self.threads)
 
     def solve(self, points: Array) -> Array:
         """x for points y (3, ...), RAS mm float32; adds to ``residual``."""
+        to_voxels = self.field.geometry.inverse @ np.linalg.inv(self._affine)
         y = points.reshape(3, -1).astype(np.float64)
-        matrix = self._affine
-        back = np.linalg.inv(matrix[:3, :3])
-        x = back @ (y - matrix[:3, 3:4])
-        error = self._error(x, y)
+        z = (to_voxels[:3, :3] @ y + to_voxels[:3, 3:4]).astype(np.float32)
+        v, left = self._rest.solve(z, border=True)
+        # From voxels of u back to mm of T.
+        linear = self._affine[:3, :3] @ self.field.geometry.affine[:3, :3]
+        self.residual.add(np.sqrt(((linear @ left) ** 2).sum(axis=0)).astype(np.float32))
+        grid = self.field.geometry.affine
+        x = grid[:3, :3] @ (z.astype(np.float64) + v) + grid[:3, 3:4]
+        return x.reshape(points.shape).astype(np.float32)
+
+
+class VoxelField:
+    """u on ``grid`` in voxels of that grid, to be inverted: ``linear`` @ ``vectors_mm`` (3,X,Y,Z), RAS mm."""
+
+    def __init__(self, linear: FloatArray, vectors_mm: Array, grid: Geometry, threads: int | None = None) -> None:
+        to_voxels = (grid.inverse[:3, :3] @ linear).astype(np.float32)
+        self._sampled = Sampled((to_voxels @ vectors_mm.reshape(3, -1)).reshape(vectors_mm.shape), threads)
+        self.grid, self.threads = grid, threads
+        # A voxel's longest side: what is left is then below the tolerance in mm.
+        self._tolerance = TOLERANCE_MM / max(grid.spacing)
+
+    def solve(self, z: Array, border: bool) -> tuple[Array, Array]:
+        """v with v + u(z + v) = 0 for points z (3,n), and what remains of that sum; all in voxels.
+
+        Outside its grid u is zero, or with ``border`` what it is at the nearest voxel.
+        """
+        v = np.zeros_like(z)
+        outside = None if border else 0.0
+        if not native.available():
+            self._iterate(z, v, outside)
+        else:
+            squared = np.empty(z.shape[1], dtype=np.float32)
+            field, tolerance = self._sampled.field, self._tolerance
+
+            def work(a: int, b: int) -> None:
+                part = v[:, a:b]
+                native.invert_points(field, z[:, a:b], border, tolerance, _EVALUATIONS, part, squared[a:b])
+
+            in_threads(work, z.shape[1], self.threads, z.shape[1])
+        return v, v + self._sampled.at(z + v, outside)
+
+    def solve_on(self, shape: Shape, where: FloatArray, base: FloatArray) -> Array:
+        """``base @ (i,j,k,1)`` + v in mm for the voxels of a grid of ``shape``, which lie at z = ``where @ (i,j,k,1)``.
+
+        Outside its grid u is zero. Gives (3, shape) float32.
+        """
+        out = np.empty((3, *shape), dtype=np.float32)
+        linear = self.grid.affine[:3, :3]
+        if native.available():
+            field, tolerance = self._sampled.field, self._tolerance
+
+            def work(a: int, b: int) -> None:
+                native.invert((a, b), field, where, base, linear, False, tolerance, _EVALUATIONS, out)
+
+            in_threads(work, shape[0], self.threads, out[0].size)
+            return out
+        for start, stop in slabs(shape):
+            z = affine_coords(shape, where, start, stop).reshape(3, -1)
+            v = np.zeros_like(z)
+            self._iterate(z, v, 0.0)
+            mm = (linear.astype(np.float32) @ v).reshape(3, stop - start, *shape[1:])
+            out[:, start:stop] = affine_coords(shape, base, start, stop) + mm
+        return out
+
+    def _iterate(self, z: Array, v: Array, outside: float | None) -> None:
+        """Solve in place, without the compiled kernels."""
+        error = v + self._sampled.at(z + v, outside)
         distance = np.sqrt((error**2).sum(axis=0))
-        step = np.ones(y.shape[1])
-        active = np.flatnonzero(distance > TOLERANCE_MM)
+        step = np.ones(z.shape[1], dtype=np.float32)
+        active = np.flatnonzero(distance > self._tolerance)
         for _ in range(_STEPS):
             if active.size == 0:
                 break
-            tried = x[:, active] + step[active] * (back @ error[:, active])
-            found = self._error(tried, y[:, active])
+            tried = v[:, active] - step[active] * error[:, active]
+            found = tried + self._sampled.at(z[:, active] + tried, outside)
             length = np.sqrt((found**2).sum(axis=0))
             better = length < distance[active]
             chosen = active[better]
-            x[:, chosen], error[:, chosen], distance[chosen] = tried[:, better], found[:, better], length[better]
+            v[:, chosen], error[:, chosen], distance[chosen] = tried[:, better], found[:, better], length[better]
             step[active[~better]] *= 0.5
-            active = active[(distance[active] > TOLERANCE_MM) & (step[active] > _SMALLEST_STEP)]
-        self.residual.add(distance.astype(np.float32))
-        return x.reshape(points.shape).astype(np.float32)
-
-    def _error(self, x: FloatArray, y: FloatArray) -> FloatArray:
-        """y - T(x), (3,n)."""
-        matrix, to_voxels = self._affine, self.field.geometry.inverse
-        coords = (to_voxels[:3, :3] @ x + to_voxels[:3, 3:4]).astype(np.float32)[:, :, None, None]
-        rest = sample(self._rest, coords, None, self.threads)[:, :, 0, 0]
-        result: FloatArray = y - (matrix[:3, :3] @ x + matrix[:3, 3:4]) - rest
-        return result
+            active = active[(distance[active] > self._tolerance) & (step[active] > _SMALLEST_STEP)]

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from jrs.errors import UsageError
-from jrs.geometry import Geometry
-from jrs.runtime.sampling import sample
-from jrs.runtime.transform import to_voxel_coords
+from jrs.geometry import FloatArray, Geometry, apply_affine
+from jrs.runtime.sampling import Sampled
+from jrs.runtime.transform import Transform
 
 Array = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.uint8]
@@ -44,31 +44,50 @@ def label_scheme(values: Sequence[int], wanted: str = OWN_SCHEME) -> tuple[str, 
 
 
 class LabelSampler:
-    """The most probable class at points of the network's space.
+    """The most probable class at the voxels of any grid.
 
-    Interpolated probabilities have their maximum at the background wherever it is the maximum at all eight
-    corners, so only points in the box around the other classes have to be sampled.
+    ``probabilities`` (K,X,Y,Z) lie on ``grid`` in the fixed image's space, ``affine`` A leads from there to the moving
+    image's. Interpolated, they have their maximum at the background wherever it is the maximum at all eight
+    corners, so only voxels in the box around the other classes have to be sampled.
     """
 
-    def __init__(self, probabilities: Array, grid: Geometry, values: Sequence[int], threads: int | None = None) -> None:
-        self.probabilities, self.grid, self.threads = probabilities, grid, threads
-        self.values = np.array(values, dtype=np.uint8)
+    def __init__(
+        self,
+        probabilities: Array,
+        grid: Geometry,
+        affine: FloatArray,
+        values: Sequence[int],
+        threads: int | None = None,
+    ) -> None:
+        self._values = np.array(values, dtype=np.uint8)
+        self._grid = Geometry(grid.shape, affine @ grid.affine)
+        self._threads = threads
         where = np.argwhere(probabilities.argmax(axis=0) > 0)
-        self.box = None if where.size == 0 else (where.min(axis=0) - 1.0, where.max(axis=0) + 1.0)
+        self._sampled = Sampled(probabilities, threads) if where.size else None
+        ends = np.stack([where.min(axis=0) - 1, where.max(axis=0) + 1]) if where.size else np.zeros((2, 3))
+        self._corners = self._grid.to_ras(np.stack(np.meshgrid(*ends.T, indexing="ij"), axis=-1).reshape(-1, 3))
 
-    def at(self, points: Array) -> Labels:
-        """Label values at points (3,x,y,z), RAS mm, as (x,y,z) uint8."""
-        labels = np.full(points.shape[1:], self.values[0], dtype=np.uint8)
-        if self.box is None:
+    def native(self, target: Geometry) -> Labels:
+        """Label values (x,y,z) on a grid in the moving image's space."""
+        return self._on(target, Transform(np.eye(4), None, self._threads))
+
+    def moved(self, target: Geometry, transform: Transform) -> Labels:
+        """Label values (x,y,z) at A(x + u(x)) for x on a grid in the fixed image's space."""
+        return self._on(target, transform)
+
+    def _on(self, target: Geometry, transform: Transform) -> Labels:
+        labels = np.full(target.shape, self._values[0], dtype=np.uint8)
+        if self._sampled is None:
             return labels
-        coords = to_voxel_coords(points, self.grid)
-        inside = np.ones(points.shape[1:], dtype=bool)
-        for axis in range(3):
-            inside &= (coords[axis] > self.box[0][axis]) & (coords[axis] < self.box[1][axis])
-        if inside.any():
-            chosen = np.ascontiguousarray(coords[:, inside])[:, :, None, None]
-            classes = sample(self.probabilities, chosen, None, self.threads)[:, :, 0, 0].argmax(axis=0)
-            labels[inside] = self.values[classes]
+        # Where x has to lie for A(x + u(x)) to lie within the corners.
+        index = target.to_voxels(apply_affine(np.linalg.inv(transform.affine), self._corners))
+        reach = 0.0 if transform.field is None else float(np.abs(transform.field.vectors_mm).max())
+        more = reach * np.sqrt(3.0) / np.array(target.spacing)
+        low = np.maximum(0, np.floor(index.min(axis=0) - more)).astype(int)
+        high = np.minimum(target.shape, np.ceil(index.max(axis=0) + more) + 1).astype(int)
+        box = slice(low[0], high[0]), slice(low[1], high[1]), slice(low[2], high[2])
+        if (high > low).all():
+            labels[box] = self._values[transform.pull(self._sampled, self._grid, target.part(box)).argmax(axis=0)]
         return labels
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import sys
 from functools import cache
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from jrs import __version__
+from jrs.parallel import available_cpus
+from jrs.runtime import native
 
 _LIBRARIES = ("numpy", "onnxruntime-gpu", "onnxruntime", "openvino", "SimpleITK")
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
@@ -69,7 +70,13 @@ def _features() -> str:
 
 def numerics(threads: int | None) -> dict[str, Any]:
     """All but the inputs that may change the last bit of a result, as a part of a key."""
-    return {"cpu": cpu_name(), "features": _features(), "threads": threads or os.cpu_count(), "versions": versions()}
+    return {
+        "cpu": cpu_name(),
+        "features": _features(),
+        "threads": threads or available_cpus(),
+        "versions": versions(),
+        "kernels": code_digest("jrs.runtime._kernels") if native.available() else None,
+    }
 
 
 @cache

@@ -30,10 +30,11 @@ from jrs.runtime.network import Codes, Network
 from jrs.runtime.preprocess import NetworkInput, network_input
 from jrs.runtime.refine import DEFAULT_ITERATIONS, Refiner
 from jrs.runtime.results import Result
-from jrs.runtime.sampling import affine_coords, sample, slabs
-from jrs.runtime.transform import Transform, to_voxel_coords
+from jrs.runtime.sampling import Sampled
+from jrs.runtime.transform import Transform
 from jrs.runtime.transform_files import load_affine
 from jrs.runtime.tumors import Tumors, shows_tumors
+from jrs.volume import occupied
 
 Array = npt.NDArray[np.float32]
 
@@ -176,41 +177,42 @@ class Pipeline:
         found = self._deformation(moving, fixed, inputs, codes, probabilities, affine, options.refine, clock)
         warnings += [*self.network.notes, *found.notes]
         transform = Transform(affine, found.displacement, self.threads)
-        sampler = None
-        if probabilities is not None:
-            sampler = LabelSampler(probabilities, fixed.grid, values, self.threads)
-        measured = _Measured(moving, fixed, transform, sampler, self.threads)
+        target = next(iter(fixed.case.images.values()))
+        native = next(iter(moving.images.values())).geometry
         with clock.stage("resampling"):
-            moved, dense, labels_moved = measured.on_the_atlas()
-        labels_native = None
-        if sampler is not None:
-            with clock.stage("native_labels"):
-                labels_native = measured.native_labels(sampler)
+            dense = transform.dense(target.geometry)
+            moved = _moved(moving, transform, target.geometry, self.threads)
+        labels_native = labels_moved = None
+        if probabilities is not None:
+            with clock.stage("labels"):
+                sampler = LabelSampler(probabilities, fixed.grid, affine, values, self.threads)
+                labels_native = _native_labels(sampler, native)
+                labels_moved = sampler.moved(target.geometry, transform)
         with clock.stage("jacobian"):
             jacobian = jacobian_determinant(dense)
         inverse = None
         if options.inverse:
             with clock.stage("inverse"):
-                inverse = transform.inverse_dense(measured.native)
+                inverse = transform.inverse_dense(native)
         with clock.stage("measures"):
             volumes = None
             if labels_native is not None and labels_moved is not None:
-                native_ml = region_volumes_ml(labels_native, values, measured.native)
+                native_ml = region_volumes_ml(labels_native, values, native)
                 volumes = {
                     "native": native_ml,
                     "affine": volumes_after_affine(native_ml, affine),
-                    "moved": region_volumes_ml(labels_moved, values, measured.fixed.geometry),
+                    "moved": region_volumes_ml(labels_moved, values, target.geometry),
                 }
             verdict = volume_verdict(volumes)
-            summary = jacobian_summary(jacobian, measured.fixed.foreground(), labels_moved)
+            summary = jacobian_summary(jacobian, target.foreground(), labels_moved)
             likeness = similarity(inputs, fixed.input, found.moved, probabilities, spec.channels)
             warnings += warnings_of(summary, likeness, verdict)
         clock.seconds["total"] = time.perf_counter() - start
         return Result(
             case=moving,
-            native=measured.native,
+            native=native,
             atlas=fixed.label,
-            fixed=measured.fixed,
+            fixed=target,
             bundle={"name": self.network.bundle.name, "sha256": self.network.bundle.sha256},
             engine=self.network.info,
             transform=transform,
@@ -220,8 +222,8 @@ class Pipeline:
             inverse_field=inverse,
             labels_native=labels_native,
             labels_moved=labels_moved,
-            label_scheme=scheme if sampler is not None else None,
-            label_values=dict(zip(spec.labels, values, strict=True)) if sampler is not None else {},
+            label_scheme=scheme if labels_native is not None else None,
+            label_values=dict(zip(spec.labels, values, strict=True)) if labels_native is not None else {},
             modalities_used=tuple(c for c, there in zip(spec.channels, inputs.present, strict=True) if there),
             volumes_ml=volumes,
             volume_verdict=verdict,
@@ -304,63 +306,26 @@ def _graphs(options: InferOptions, segments: bool) -> list[str]:
 
 def _moved_again(images: Array, displacement: DisplacementField, grid: Geometry, threads: int | None) -> Array:
     """``images`` (C,X,Y,Z) on the network's grid, moved by a displacement that lies on another."""
-    moved = np.empty_like(images)
-    for planes, points, _ in Transform(np.eye(4), displacement, threads).forward(grid):
-        moved[:, planes] = sample(images, to_voxel_coords(points, grid), None, threads)
-    return moved
+    return Transform(np.eye(4), displacement, threads).pull(Sampled(images, threads), grid, grid)
 
 
-class _Measured:
-    """Everything that is sampled through the total transform, each image once."""
-
-    def __init__(
-        self,
-        moving: Case,
-        fixed: FixedImage,
-        transform: Transform,
-        sampler: LabelSampler | None,
-        threads: int | None,
-    ) -> None:
-        self.moving, self.transform, self.sampler, self.threads = moving, transform, sampler, threads
-        self.fixed = next(iter(fixed.case.images.values()))
-        self.native = next(iter(moving.images.values())).geometry
-
-    def on_the_atlas(self) -> tuple[dict[str, Array], DisplacementField, npt.NDArray[np.uint8] | None]:
-        """Moved modalities, the dense field and the moved labels on the fixed image's grid."""
-        grid = self.fixed.geometry
-        field = np.empty((3, *grid.shape), dtype=np.float32)
-        moved = {name: np.empty(grid.shape, dtype=np.float32) for name in self.moving.images}
-        labels = np.zeros(grid.shape, dtype=np.uint8) if self.sampler is not None else None
-        # Modalities on one grid share their coordinates.
-        groups: list[tuple[Geometry, list[str], Array]] = []
-        for geometry in dict.fromkeys(v.geometry for v in self.moving.images.values()):
-            names = [name for name, v in self.moving.images.items() if v.geometry == geometry]
-            groups.append((geometry, names, np.stack([self.moving.images[n].data for n in names])))
-        for planes, points, before_affine in self.transform.forward(grid):
-            identity = _identity(grid, planes)
-            field[:, planes] = points - identity
-            for geometry, names, data in groups:
-                sampled = sample(data, to_voxel_coords(points, geometry), 0.0, self.threads)
-                for index, name in enumerate(names):
-                    moved[name][planes] = sampled[index]
-            if labels is not None and self.sampler is not None:
-                labels[planes] = self.sampler.at(before_affine)
-        return moved, DisplacementField(field, grid), labels
-
-    def native_labels(self, sampler: LabelSampler) -> npt.NDArray[np.uint8]:
-        """Labels on the native grid: y lies at A^-1 y in the network's space."""
-        # On the grid that the network's input was taken from, whatever the file's own order of axes.
-        grid, order = self.native.canonical()
-        back = Geometry(grid.shape, np.linalg.inv(self.transform.affine) @ grid.affine)
-        labels = np.zeros(grid.shape, dtype=np.uint8)
-        for start, stop in slabs(grid.shape):
-            labels[start:stop] = sampler.at(_identity(back, slice(start, stop)))
-        return np.ascontiguousarray(order.undo(labels))
+def _moved(case: Case, transform: Transform, fixed: Geometry, threads: int | None) -> dict[str, Array]:
+    """Each modality on the fixed image's grid, resampled once."""
+    moved: dict[str, Array] = {}
+    # Modalities on one grid share their coordinates.
+    for geometry in dict.fromkeys(v.geometry for v in case.images.values()):
+        names = [name for name, v in case.images.items() if v.geometry == geometry]
+        data = [case.images[name].data for name in names]
+        box = occupied(data)  # the air around a head is zero, which is what lies outside an image
+        images = Sampled([channel[box] for channel in data], threads)
+        moved |= dict(zip(names, transform.pull(images, geometry.part(box), fixed), strict=True))
+    return {name: moved[name] for name in case.images}
 
 
-def _identity(grid: Geometry, planes: slice) -> Array:
-    """RAS mm of the voxels of some planes of a grid, (3,...)."""
-    return affine_coords(grid.shape, grid.affine, planes.start, planes.stop)
+def _native_labels(sampler: LabelSampler, native: Geometry) -> npt.NDArray[np.uint8]:
+    """Labels on the native grid, computed on its canonical order of axes, which no file's own order changes."""
+    grid, order = native.canonical()
+    return np.ascontiguousarray(order.undo(sampler.native(grid)))
 
 
 def _notes(case: Case, channels: Sequence[str]) -> list[str]:

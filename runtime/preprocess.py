@@ -65,7 +65,7 @@ def network_input(
     for index, channel in enumerate(spec.channels):
         if channel not in images:
             continue
-        volume = images[channel].canonical()
+        volume = images[channel].canonical
         sampled = resample_affine(volume.data[None], volume.geometry, grid, moving_from_fixed, threads=threads)[0]
         try:
             tensor[index] = normalize(sampled, spec.normalization)

@@ -26,7 +26,7 @@ from jrs.runtime.affine import foreground_box
 from jrs.runtime.cases import Case
 from jrs.runtime.engines import EngineOptions, open_engine
 from jrs.runtime.sampling import affine_coords, resample_affine
-from jrs.runtime.transform import Transform, to_voxel_coords
+from jrs.runtime.transform import displacement_on, to_voxel_coords
 from jrs.runtime.tumors import HALF_DIAGONAL, Tumors
 from jrs.volume import Volume, foreground_mask
 
@@ -129,7 +129,7 @@ def pyramid(
 ) -> Pyramid:
     """Bring ``modalities`` of an image onto the grids through ``affine`` (grid to image, RAS mm)."""
     # The axes nearest to RAS first: what comes out does not depend on how a file stores its voxels.
-    volumes = [images[name].canonical() for name in modalities]
+    volumes = [images[name].canonical for name in modalities]
     finer: tuple[Geometry, Array] | None = None
     sampled = []
     for grid in reversed(grids):
@@ -223,7 +223,7 @@ class Refiner:
         # Opened anew each time, so that the memory it worked in is given back.
         with open_engine(GRAPH, "refinement", self.backend, options) as engine:
             for index, (level, grid) in enumerate(zip(fixed.levels, fixed.grids, strict=True)):
-                u_mm = _on_grid(field, grid, self.threads)
+                u_mm = displacement_on(field, grid, self.threads)
                 linear = np.linalg.inv(grid.affine[:3, :3]).astype(np.float32)
                 result = engine(
                     {
@@ -266,12 +266,6 @@ def _inside(points: Array, source: Geometry, grid: Geometry) -> npt.NDArray[np.b
         margin = (HALF_DIAGONAL + 1.0) * grid.spacing[0] / source.spacing[axis] - 0.5
         inside &= (coords[axis] >= margin) & (coords[axis] <= n - 1 - margin)
     return inside
-
-
-def _on_grid(field: DisplacementField, grid: Geometry, threads: int | None) -> Array:
-    """The field, faded beyond its own grid, at the voxels of another: (3,X,Y,Z) mm."""
-    transform = Transform(np.eye(4), field, threads)
-    return transform.displaced(transform.field, grid, 0, grid.shape[0])
 
 
 def gaussian(deviation: float) -> Array:

@@ -158,14 +158,34 @@ def html_report(
     the total transform, lie on the grid of ``fixed``. ``field`` is the total displacement d(x) = A(x + u(x)) - x,
     RAS mm, and ``affine`` is A (4x4). ``interactive``: with the viewer and its volumes.
     """
-    affine = np.asarray(affine, dtype=np.float64)
-    title = " on ".join(_html(report.get(key)) for key in ("case", "atlas"))
+    drawn = drawings(native, native_labels, fixed, moved, moved_labels, field, affine, modality, jacobian)
+    return page(report, affine, drawn, viewer(fixed, moved, moved_labels, jacobian, affine) if interactive else "")
+
+
+def drawings(
+    native: Volume,
+    native_labels: Labels | None,
+    fixed: Volume,
+    moved: Array,
+    moved_labels: Labels | None,
+    field: DisplacementField | None,
+    affine: FloatArray,
+    modality: str,
+    jacobian: Array | None = None,
+) -> str:
+    """The page's pictures, of what `html_report` takes."""
     looks = {"case": Look(native, native_labels), "atlas": Look(fixed, moved_labels)}
     looks["moved"] = Look(Volume(moved, fixed.geometry), moved_labels)
     map_ = None if jacobian is None else Volume(jacobian, fixed.geometry)
+    return pictures(looks, field, map_, np.asarray(affine, dtype=np.float64), modality)
+
+
+def page(report: Mapping[str, Any], affine: FloatArray, drawn: str, shown: str) -> str:
+    """The page from the parts that take long, which can be made side by side: ``drawings`` and the ``viewer``."""
+    affine = np.asarray(affine, dtype=np.float64)
+    title = " on ".join(_html(report.get(key)) for key in ("case", "atlas"))
     items = "".join(f"<li>{_html(warning)}</li>" for warning in report.get("warnings") or ())
     warnings = f'<section class="warnings"><h2>Warnings</h2><ul>{items}</ul></section>' if items else ""
-    shown = viewer(fixed, moved, moved_labels, jacobian, affine) if interactive else ""
     script = own_script()
     style = (DATA / "report" / "report.css").read_text(encoding="utf-8")
     return (
@@ -173,7 +193,7 @@ def html_report(
         f'content="width=device-width,initial-scale=1"><title>{escape(str(report.get("case") or "Case"))}: jrs '
         f"report</title><style>{style}</style></head><body><header><p>Registration and tumour segmentation</p>"
         f"<h1>{title}</h1></header><main>{_answer(report, affine)}{warnings}"
-        f"{pictures(looks, field, map_, affine, modality)}{shown}{_details(report, affine)}</main><footer>Made by "
+        f"{drawn}{shown}{_details(report, affine)}</main><footer>Made by "
         "jrs. Not a medical device: for research use only, not for diagnosis or treatment.</footer>"
         f"<script>{script}</script></body></html>\n"
     )

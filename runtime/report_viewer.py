@@ -7,7 +7,6 @@ page stays small; images and labels are bytes. NiiVue comes with the package, se
 from __future__ import annotations
 
 import base64
-import gzip
 import json
 from collections.abc import Mapping
 from html import escape
@@ -18,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from jrs.geometry import FloatArray, Geometry
+from jrs.gzipped import packed as gzipped
 from jrs.resources import DATA
 from jrs.runtime.colors import CLASS_COLORS, CLASS_NAMES
-from jrs.runtime.report_pictures import label_center
-from jrs.runtime.sampling import affine_coords, sample, sample_along_axes, sample_nearest
+from jrs.runtime.report_pictures import Sparse, label_center
+from jrs.runtime.sampling import Sampled, affine_coords, sample_nearest
 from jrs.volume import Volume, foreground_mask
 
 Array = npt.NDArray[np.float32]
@@ -76,11 +76,7 @@ def viewer(
 
 def viewer_grid(fixed: Volume) -> Geometry:
     """A RAS grid around the brain of the fixed image: `SPACING_MM`, or coarser where that were too many voxels."""
-    steps = [max(1, n // 80) for n in fixed.data.shape]
-    sparse = foreground_mask(fixed.data[tuple(slice(None, None, step) for step in steps)])
-    sparse |= not sparse.any()
-    points = fixed.geometry.to_ras(np.argwhere(sparse) * steps)
-    low, high = points.min(axis=0) - _MARGIN_MM, points.max(axis=0) + _MARGIN_MM
+    low, high = Sparse.of(fixed).extent() + np.array([[-_MARGIN_MM], [_MARGIN_MM]])
     spacing = SPACING_MM * max(1.0, (float(np.prod((high - low) / SPACING_MM)) / _MOST_VOXELS) ** (1.0 / 3.0))
     x, y, z = (max(2, int(np.ceil(side / spacing))) for side in high - low)
     return Geometry.aligned((x, y, z), (spacing,) * 3, (low + high) / 2.0, "RAS")
@@ -88,19 +84,7 @@ def viewer_grid(fixed: Volume) -> Geometry:
 
 def _onto(image: npt.NDArray[Any], fixed: Volume, grid: Geometry) -> Array:
     """Trilinear; the grid is hardly coarser than the images, so nothing is averaged."""
-    matrix = fixed.geometry.inverse @ grid.affine
-    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(grid.shape) - 1.0)
-    corners = corners @ matrix[:3, :3].T + matrix[:3, 3]
-    start = np.clip(np.floor(corners.min(axis=0)).astype(int) - 1, 0, np.array(image.shape) - 1)
-    stop = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 2, start + 1, None)
-    # Only what the grid covers: most of an image is air.
-    part = image[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
-    matrix[:3, 3] -= start
-    data = np.ascontiguousarray(part, dtype=np.float32)[None]
-    sampled = sample_along_axes(data, matrix, grid.shape, 0, grid.shape[0])
-    if sampled is None:
-        sampled = sample(data, affine_coords(grid.shape, matrix), 0.0, _THREADS)
-    onto: Array = sampled[0]
+    onto: Array = Sampled(image[None], _THREADS).pull(grid.shape, fixed.geometry.inverse @ grid.affine)[0]
     return onto
 
 
@@ -135,7 +119,7 @@ def _packed(data: npt.NDArray[Any], grid: Geometry, slope: float = 1.0, intent: 
     header[108:112] = np.float32(352.0).tobytes()  # vox_offset of a single file
     header[112:120] = np.array([slope, 0.0], dtype=np.float32).tobytes()
     content = bytes(header) + bytes(4) + data.tobytes(order="F")
-    return base64.b64encode(gzip.compress(content, compresslevel=1, mtime=0)).decode()
+    return base64.b64encode(gzipped(content)).decode()
 
 
 def _shown(name: str, colormap: str, **more: Any) -> dict[str, Any]:

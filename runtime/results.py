@@ -7,8 +7,8 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from jrs.fields import DisplacementField
 from jrs.files import whole_set, write_json, write_text
 from jrs.geometry import Geometry
 from jrs.itk import save_field
+from jrs.parallel import together
 from jrs.runtime.bids import describe_dataset, refuse_raw
 from jrs.runtime.cases import Case
 from jrs.runtime.colors import bids_table, itksnap_table, label_colors, slicer_table
@@ -30,7 +31,7 @@ from jrs.runtime.names import NOT_IN_BIDS, OutputNames, output_names
 from jrs.runtime.report_schema import REPORT_VERSION
 from jrs.runtime.transform import Transform
 from jrs.volume import Volume
-from jrs.writing import rounded, save_nifti
+from jrs.writing import save_nifti
 
 Array = npt.NDArray[np.float32]
 
@@ -169,15 +170,17 @@ class Result:
 
         Raises CannotCreateError if one exists without ``overwrite``, OutputError if the disk is full.
         """
+        from jrs.runtime.report_html import page
+
         folder, names, files = self.names.folder(Path(out)), self.names, self.outputs()
         start = time.perf_counter()
         if names.bids is not None:
             refuse_raw(Path(out), names.bids)
         with whole_set(folder, list(files.values()), self._stale(folder), overwrite) as temporary:
-            self._write_images(temporary)
+            drawn, shown = self._write_images(temporary)
             self._write_texts(temporary)
             report = self.report(time.perf_counter() - start)
-            write_text(temporary / files["report_html"], self._page(report))
+            write_text(temporary / files["report_html"], page(report, self.transform.affine, drawn, shown))
             write_json(temporary / files["report_json"], report)
         if names.bids is not None:
             describe_dataset(Path(out), names.bids, NOT_IN_BIDS)
@@ -192,24 +195,21 @@ class Result:
             listed = ()
         return [*self.names.everything(), *(n for n in listed if isinstance(n, str) and Path(n).name == n)]
 
-    def _write_images(self, folder: Path) -> None:
-        names, fixed, inverse = self.names, self.fixed.geometry, self.inverse_field
-        jobs: list[Callable[[], None]] = [lambda: save_field(folder / names.field, self.field)]
-        if inverse is not None:
-            jobs.append(lambda: save_field(folder / names.inverse_field, inverse))
-        jobs.append(lambda: save_nifti(folder / names.jacobian, rounded(self.jacobian, 12), fixed))
-        jobs += [self._writer_of(folder, modality) for modality in self.moved]
+    def _write_images(self, folder: Path) -> tuple[str, str]:
+        """Write the images, and beside that make the report's pictures and viewer, which are returned."""
+        names, fixed = self.names, self.fixed.geometry
+        jobs: list[Callable[[], Any]] = [self._drawings, self._viewer]
+        jobs.append(partial(save_field, folder / names.field, self.field))
+        if self.inverse_field is not None:
+            jobs.append(partial(save_field, folder / names.inverse_field, self.inverse_field))
+        jobs.append(partial(save_nifti, folder / names.jacobian, self.jacobian, fixed, bits=12))
+        jobs += [partial(save_nifti, folder / names.moved(m), data, fixed) for m, data in self.moved.items()]
         if self.labels_native is not None and self.labels_moved is not None:
-            about = f"tumour labels, {self.label_scheme}"
-            save_nifti(folder / names.labels_native, self.labels_native, self.native, "label", about)
-            save_nifti(folder / names.labels_moved, self.labels_moved, fixed, "label", about)
-        # zlib works outside Python's lock: one thread a core, the largest files first.
-        with ThreadPoolExecutor() as pool:
-            for job in [pool.submit(job) for job in jobs]:
-                job.result()
-
-    def _writer_of(self, folder: Path, modality: str) -> Callable[[], None]:
-        return lambda: save_nifti(folder / self.names.moved(modality), self.moved[modality], self.fixed.geometry)
+            save_labels = partial(save_nifti, intent="label", description=f"tumour labels, {self.label_scheme}")
+            jobs.append(partial(save_labels, folder / names.labels_native, self.labels_native, self.native))
+            jobs.append(partial(save_labels, folder / names.labels_moved, self.labels_moved, fixed))
+        drawn, shown, *_ = together(jobs, self.transform.threads)
+        return drawn, shown
 
     def _write_texts(self, folder: Path) -> None:
         """Sidecars and colour tables."""
@@ -225,23 +225,20 @@ class Result:
             write_text(folder / names.slicer_colors, slicer_table(colors, scheme))
             write_text(folder / names.itksnap_colors, itksnap_table(colors, scheme))
 
-    def _page(self, report: Mapping[str, Any]) -> str:
-        from jrs.runtime.report_html import html_report
+    def _drawings(self) -> str:
+        from jrs.runtime.report_html import drawings
 
         modality = next(iter(self.moved))
-        image = self.case.images[modality]
-        return html_report(
-            report,
-            image,
-            self.labels_native if image.geometry.is_close_to(self.native) else None,
-            self.fixed,
-            self.moved[modality],
-            self.labels_moved,
-            self.field,
-            self.transform.affine,
-            modality,
-            self.jacobian,
-        )
+        image, moved = self.case.images[modality], self.moved[modality]
+        native_labels = self.labels_native if image.geometry.is_close_to(self.native) else None
+        on_the_atlas = self.fixed, moved, self.labels_moved, self.field
+        return drawings(image, native_labels, *on_the_atlas, self.transform.affine, modality, self.jacobian)
+
+    def _viewer(self) -> str:
+        from jrs.runtime.report_viewer import viewer
+
+        moved = next(iter(self.moved.values()))
+        return viewer(self.fixed, moved, self.labels_moved, self.jacobian, self.transform.affine)
 
 
 def _input(volume: Volume) -> dict[str, Any]:
@@ -262,7 +259,7 @@ def _rounded(value: Any) -> Any:
 
 def _versions() -> dict[str, str]:
     versions = {"jrs": __version__, "python": platform.python_version()}
-    for package in ("numpy", "nibabel", "onnxruntime-gpu", "onnxruntime", "openvino", "SimpleITK"):
+    for package in ("numpy", "nibabel", "isal", "onnxruntime-gpu", "onnxruntime", "openvino", "SimpleITK"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Trilinear resampling of whole volumes, by the project's own grid-sample operator on ONNX Runtime.
+"""Trilinear resampling of whole volumes, by compiled kernels, or by the project's own grid-sample operator.
 
 Coordinates are voxel indices of the image that is sampled, float32, shape (3, x, y, z). A point further than
 half a voxel outside the image takes the value ``outside``, as in ITK; ``outside=None`` repeats the border.
@@ -7,8 +7,9 @@ half a voxel outside the image takes the value ``outside``, as in ITK; ``outside
 from __future__ import annotations
 
 import itertools
-import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -17,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from jrs.geometry import FloatArray, Geometry, Shape
+from jrs.parallel import available_cpus
+from jrs.runtime import native
 
 Array = npt.NDArray[np.float32]
 
@@ -26,6 +29,8 @@ _LABELS_AT_ONCE = 500_000
 _SAME_WEIGHT = 1e-6
 _WORTH_A_THREAD = 20_000
 """Points from which on more than one thread pays."""
+_WORTH_INTERLEAVING = 0.2
+"""Points a voxel of the image from which on it pays to lay its channels beside one another."""
 
 
 @lru_cache(maxsize=1)
@@ -45,29 +50,166 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="jrs-sample")
 
 
-def sample(data: npt.ArrayLike, coords: Array, outside: float | None = 0.0, threads: int | None = None) -> Array:
-    """Sample ``data`` (C,X,Y,Z) at ``coords`` (3,x,y,z) voxels, giving float32 (C,x,y,z)."""
-    volume = np.ascontiguousarray(data, dtype=np.float32)[None]
-    count = coords.shape[1]
-    out = np.empty((volume.shape[1], *coords.shape[1:]), dtype=np.float32)
-    workers = threads or min(8, os.cpu_count() or 1)
-    pieces = min(workers, count) if out[0].size > _WORTH_A_THREAD else 1
+def in_threads(work: Callable[[int, int], None], count: int, threads: int | None, points: int) -> None:
+    """``work(start, stop)`` for pieces of ``range(count)``, each on a thread if there are enough ``points`` in all."""
+    workers = threads or min(8, available_cpus())
+    pieces = min(workers, count) if points > _WORTH_A_THREAD else 1
+    if pieces <= 1:
+        work(0, count)
+        return
+    bounds = [round(i * count / pieces) for i in range(pieces + 1)]
+    list(_pool(workers).map(work, bounds[:-1], bounds[1:]))
+
+
+class Sampled:
+    """An image (C,X,Y,Z), or its channels, made ready to be sampled more than once or at many points."""
+
+    def __init__(self, data: Sequence[npt.NDArray[Any]] | npt.NDArray[Any], threads: int | None = None) -> None:
+        self.threads = threads
+        planar = [np.asarray(channel, dtype=np.float32) for channel in data]
+        self.channels, self.shape = len(planar), planar[0].shape
+        self._native = native.available()
+        self._data: Array | None = None if self._native else np.stack(planar)
+        # (volume, lanes, channels): four channels beside one another, or one alone.
+        self._groups: list[tuple[Array, int, int]] = []
+        for first in range(0, self.channels if self._native else 0, native.LANES):
+            chosen = planar[first : first + native.LANES]
+            if len(chosen) == 1:
+                self._groups.append((np.ascontiguousarray(chosen[0]), 1, 1))
+            else:
+                self._groups.append((self._interleaved(chosen), native.LANES, len(chosen)))
+
+    def _interleaved(self, chosen: Sequence[Array]) -> Array:
+        volume = np.empty((*self.shape, native.LANES), dtype=np.float32)
+        volume[..., len(chosen) :] = 0.0
+
+        def work(start: int, stop: int) -> None:
+            for lane, channel in enumerate(chosen):
+                volume[start:stop, ..., lane] = channel[start:stop]
+
+        in_threads(work, volume.shape[0], self.threads, volume.size)
+        return volume
+
+    @property
+    def field(self) -> Array:
+        """Three channels as the compiled kernels take a displacement field."""
+        return self._groups[0][0]
+
+    def at(self, coords: Array, outside: float | None = 0.0) -> Array:
+        """Values at ``coords`` (3, ...), float32 (C, ...)."""
+        flat = np.ascontiguousarray(coords, dtype=np.float32).reshape(3, -1)
+        out = np.empty((self.channels, flat.shape[1]), dtype=np.float32)
+
+        def work(start: int, stop: int) -> None:
+            part = flat[:, start:stop]
+            for index, (volume, lanes, channels) in enumerate(self._groups):
+                first = index * native.LANES
+                native.sample(volume, lanes, part, outside, out[first : first + channels, start:stop])
+            if self._data is not None:
+                out[:, start:stop] = _by_operator(self._data, part, outside)
+
+        in_threads(work, flat.shape[1], self.threads, flat.shape[1])
+        return out.reshape(self.channels, *coords.shape[1:])
+
+    def pull(
+        self,
+        shape: Shape,
+        base: FloatArray,
+        warp: Warp | None = None,
+        outside: float | None = 0.0,
+        parts: Shape = (1, 1, 1),
+    ) -> Array:
+        """Values where the voxels (i,j,k) of a target of ``shape`` lie: ``base @ (i,j,k,1)``, and what ``warp`` adds.
+
+        With ``parts`` above 1 each is the mean of so many regular samples inside it along each axis, and (i,j,k)
+        counts those. Gives (C, shape) float32.
+        """
+        out = np.empty((self.channels, *shape), dtype=np.float32)
+        points = out[0].size * int(np.prod(parts))
+        if not self._native:
+            for start, stop in slabs((shape[0], shape[1], shape[2] * int(np.prod(parts)))):
+                out[:, start:stop] = self._pulled(shape, base, warp, outside, parts, start, stop)
+            return out
+
+        def work(start: int, stop: int) -> None:
+            through = None if warp is None else (warp.field.field, warp.where, warp.linear)
+            for index, (volume, lanes, channels) in enumerate(self._groups):
+                part = out[index * native.LANES : index * native.LANES + channels]
+                native.pull((start, stop), base, through, (volume, lanes), outside, parts, part)
+
+        in_threads(work, shape[0], self.threads, points)
+        return out
+
+    def _pulled(
+        self,
+        shape: Shape,
+        base: FloatArray,
+        warp: Warp | None,
+        outside: float | None,
+        parts: Shape,
+        start: int,
+        stop: int,
+    ) -> Array:
+        """Some planes of ``pull`` without the compiled kernels."""
+        a, b, c = parts
+        fine = (shape[0] * a, shape[1] * b, shape[2] * c)
+        values = self.at(_positions(fine, base, warp, start * a, stop * a), outside)
+        means: Array = values.reshape(-1, stop - start, a, shape[1], b, shape[2], c).mean(axis=(2, 4, 6))
+        return means
+
+
+@dataclass(frozen=True)
+class Warp:
+    """Adds ``linear @ u(where @ (i,j,k,1))`` to the coordinates of a voxel (i,j,k), u being zero outside ``field``.
+
+    ``where`` (4x4) leads to voxels of the field, ``linear`` (3x3) from its vectors to the coordinates.
+    """
+
+    field: Sampled
+    where: FloatArray
+    linear: FloatArray
+
+
+def positions(shape: Shape, base: FloatArray, warp: Warp | None = None, threads: int | None = None) -> Array:
+    """Where `Sampled.pull` samples: ``base @ (i,j,k,1)`` and what ``warp`` adds, (3, shape) float32."""
+    if not native.available():
+        return _positions(shape, base, warp, 0, shape[0])
+    out = np.empty((3, *shape), dtype=np.float32)
 
     def work(start: int, stop: int) -> None:
-        part = np.ascontiguousarray(coords[:, start:stop], dtype=np.float32)
-        sampled = _session().run(None, {"volume": volume, "coords": part[None]})[0][0]
-        if outside is not None:
-            inside = _inside(part, volume.shape[2:])
-            if not inside.all():
-                sampled[:, ~inside] = outside
-        out[:, start:stop] = sampled
+        through = None if warp is None else (warp.field.field, warp.where, warp.linear)
+        native.pull((start, stop), base, through, None, None, (1, 1, 1), out)
 
-    bounds = [round(i * count / pieces) for i in range(pieces + 1)]
-    if pieces == 1:
-        work(0, count)
-    else:
-        list(_pool(workers).map(work, bounds[:-1], bounds[1:]))
+    in_threads(work, shape[0], threads, out[0].size)
     return out
+
+
+def _positions(shape: Shape, base: FloatArray, warp: Warp | None, start: int, stop: int) -> Array:
+    coords = affine_coords(shape, base, start, stop)
+    if warp is not None:
+        u = warp.field.at(affine_coords(shape, warp.where, start, stop))
+        coords += (warp.linear.astype(np.float32) @ u.reshape(3, -1)).reshape(coords.shape)
+    return coords
+
+
+def sample(data: npt.ArrayLike, coords: Array, outside: float | None = 0.0, threads: int | None = None) -> Array:
+    """Sample ``data`` (C,X,Y,Z) at ``coords`` (3, ...) voxels, giving float32 (C, ...)."""
+    volume = np.asarray(data, dtype=np.float32)
+    if native.available() and coords[0].size < _WORTH_INTERLEAVING * volume[0].size:
+        return np.concatenate([Sampled(channel[None], threads).at(coords, outside) for channel in volume])
+    return Sampled(volume, threads).at(coords, outside)
+
+
+def _by_operator(volume: Array, coords: Array, outside: float | None) -> Array:
+    """``Sampled.at`` for points (3,n) by the custom operator in ONNX Runtime, (C,n)."""
+    part = np.ascontiguousarray(coords)
+    values = _session().run(None, {"volume": volume[None], "coords": part[None, :, :, None, None]})[0]
+    sampled: Array = values[0, :, :, 0, 0]
+    if outside is not None:
+        inside = _inside(part, volume.shape[1:])
+        if not inside.all():
+            sampled[:, ~inside] = outside
+    return sampled
 
 
 def _inside(coords: Array, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
@@ -135,31 +277,6 @@ def affine_coords(shape: Shape, matrix: FloatArray, start: int = 0, stop: int | 
     return coords
 
 
-def sample_along_axes(data: Array, matrix: FloatArray, shape: Shape, start: int, stop: int) -> Array | None:
-    """``sample(data, affine_coords(shape, matrix, start, stop))`` where ``matrix`` keeps the axes apart, else None.
-
-    Trilinear interpolation is then three products with banded matrices, several times faster than a point at a
-    time. ``data`` (C,X,Y,Z) falls to zero outside.
-    """
-    linear = matrix[:3, :3]
-    used = np.abs(linear) > 1e-9 * np.abs(linear).max()
-    if not ((used.sum(axis=0) == 1).all() and (used.sum(axis=1) == 1).all()):
-        return None
-    target_axes = used.argmax(axis=1)
-    ranges = [(start, stop), (0, shape[1]), (0, shape[2])]
-    out = data
-    # The slab's own axis first: what follows then works on its planes alone.
-    for axis in sorted(range(3), key=lambda a: target_axes[a] != 0):
-        low, high = ranges[target_axes[axis]]
-        position = linear[axis, target_axes[axis]] * np.arange(low, high) + matrix[axis, 3]
-        n = data.shape[axis + 1]
-        weights = np.maximum(0.0, 1.0 - np.abs(np.clip(position, 0, n - 1)[:, None] - np.arange(n)[None, :]))
-        weights[(position < -0.5) | (position > n - 0.5)] = 0.0
-        product = np.tensordot(weights.astype(np.float32), out, axes=(1, axis + 1))
-        out = np.moveaxis(product, 0, axis + 1)
-    return np.ascontiguousarray(out.transpose(0, *(int(a) + 1 for a in np.argsort(target_axes))))
-
-
 def slabs(shape: Shape) -> list[tuple[int, int]]:
     """Cut a grid's first axis into pieces of bounded size: (start, stop) pairs."""
     rows = max(1, _SLAB_VOXELS // max(1, shape[1] * shape[2]))
@@ -185,16 +302,4 @@ def resample_affine(
     steps = np.abs(np.linalg.norm(total[:3, :3], axis=0))
     factors = tuple(int(max(1, min(8, np.floor(s + 0.25)))) for s in steps)
     fine = target.refined(factors)  # type: ignore[arg-type]
-    to_source = source.inverse @ matrix @ fine.affine
-    out = np.empty((data.shape[0], *target.shape), dtype=np.float32)
-    volume = np.ascontiguousarray(data, dtype=np.float32)
-    rows = max(1, _SLAB_VOXELS // (fine.shape[1] * fine.shape[2] * factors[0]))
-    for start in range(0, target.shape[0], rows):
-        stop = min(start + rows, target.shape[0])
-        coords = affine_coords(fine.shape, to_source, start * factors[0], stop * factors[0])
-        piece = sample(volume, coords, outside, threads)
-        if factors != (1, 1, 1):
-            a, b, c = factors
-            piece = piece.reshape(-1, stop - start, a, target.shape[1], b, target.shape[2], c).mean(axis=(2, 4, 6))
-        out[:, start:stop] = piece
-    return out
+    return Sampled(data, threads).pull(target.shape, source.inverse @ matrix @ fine.affine, None, outside, factors)  # type: ignore[arg-type]

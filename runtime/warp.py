@@ -19,7 +19,7 @@ from jrs.headers import read_header, shown
 from jrs.itk import flipped_points
 from jrs.reading import read_geometry, read_series
 from jrs.runtime.chain import Chain
-from jrs.runtime.sampling import sample, sample_labels, sample_nearest
+from jrs.runtime.sampling import Sampled, sample_labels, sample_nearest
 from jrs.runtime.transform import to_voxel_coords
 from jrs.volume import Volume
 from jrs.writing import save_nifti
@@ -62,7 +62,8 @@ def _sampler(
 ) -> Sampler:
     """What gives the image's values at voxel coordinates (3,x,y,z)."""
     if interpolation == "linear":
-        return lambda coords: sample(volume[None], coords, outside, threads)[0]
+        image = Sampled(volume[None], threads)
+        return lambda coords: image.at(coords, outside)[0]
     if interpolation == "bspline":
         return _bspline(volume, outside, threads)
     if volume.dtype.kind in "iu":

@@ -26,7 +26,7 @@ PLAIN = dataclasses.replace(
     **dict.fromkeys(
         ("noise", "bias", "gamma", "jitter", "texture", "blur", "contrast", "stripping"), 0.0
     ),
-    **dict.fromkeys(("with_skull", "cropped", "thick_slices", "hyperintensities", "vessels"), 0.0),
+    **dict.fromkeys(("with_skull", "cropped", "thick_slices", "membranes", "hyperintensities", "vessels"), 0.0),
 )
 
 
@@ -149,6 +149,27 @@ def test_vessels_are_bright_in_t1ce_alone() -> None:
     brighter = (after[1] > after[1][white].median() + 0.5) & mask
     assert 5 < int(brighter.sum()) < 0.2 * int(mask.sum())
     assert not bool(brighter[white].any())
+
+
+def test_membranes_lie_in_the_fluid_around_the_brain_alone() -> None:
+    """Between fluid and a little beyond cortex; in patches, some fluid stays as it was."""
+    made, changed = anatomy(), 0
+    outer = made.structures == OUTER_CSF
+    for number in range(6):
+        plain, _ = drawn(number, ("t1",))
+        with_them, _ = drawn(number, ("t1",), membranes=1.0)
+
+        # Normalisation sees other means: compare contrasts of tissues.
+        def level(image: Tensor, where: Tensor) -> Tensor:
+            white, cortex = image[0][made.classes == WHITE].median(), image[0][made.classes == CORTEX].median()
+            return (image[0][where] - cortex) / (white - cortex)
+
+        inner = made.brain & ~outer
+        torch.testing.assert_close(level(with_them, inner), level(plain, inner), atol=1e-3, rtol=0)
+        before, after = level(plain, outer), level(with_them, outer)
+        changed += int(((after - before) > 0.2 * (0.0 - before)).sum() > 50)
+        assert (after > before - 1e-3).all() and after.max() < 0.3 * -before.min() + 0.05
+    assert changed >= 3
 
 
 def test_hyperintensities_lie_in_white_matter_and_are_bright_in_flair() -> None:

@@ -137,6 +137,20 @@ def test_nothing_in_common(tmp_path: Path) -> None:
     assert load_case(tmp_path / "here").name == "here"
 
 
+def test_a_bids_subject_or_session_stands_for_its_anat_folder(tmp_path: Path) -> None:
+    image(tmp_path / "sub-01" / "anat" / "sub-01_T1w.nii.gz", 100)
+    image(tmp_path / "sub-02" / "ses-a" / "anat" / "sub-02_ses-a_FLAIR.nii.gz", 200)
+    assert (load_case(tmp_path / "sub-01").name, list(load_case(tmp_path / "sub-01").images)) == ("sub-01", ["t1"])
+    for folder in (tmp_path / "sub-02", tmp_path / "sub-02" / "ses-a"):
+        assert load_case(folder).name == "sub-02_ses-a" and level(load_case(folder).images["flair"]) == 200
+    image(tmp_path / "sub-02" / "ses-b" / "anat" / "sub-02_ses-b_FLAIR.nii.gz", 300)
+    usage("holds 2 sessions, ses-a, ses-b", tmp_path / "sub-02")
+    assert level(load_case(tmp_path / "sub-02" / "ses-b").images["flair"]) == 300
+    # Another folder of such a name is not searched.
+    image(tmp_path / "x" / "anat" / "x_T1w.nii.gz")
+    usage("only anat", tmp_path / "x", error=MissingInputError)
+
+
 def test_two_files_for_one_modality(tmp_path: Path) -> None:
     image(tmp_path / "a_t1ce.nii.gz")
     image(tmp_path / "a_t1gd.nii")
@@ -331,3 +345,16 @@ def test_the_case_is_frozen(tmp_path: Path) -> None:
     case = load_case(image(tmp_path / "a.nii"))
     with pytest.raises(AttributeError):
         case.name = "b"  # type: ignore[misc]
+
+
+# Damage ---------------------------------------------------------------------------------------------------
+
+
+def test_of_several_damaged_files_the_first_modality_is_named(tmp_path: Path) -> None:
+    for ending in ("flair", "t2", "t1ce", "t1"):
+        image(tmp_path / f"a_{ending}.nii.gz", shape=(40, 40, 40))
+    for ending in ("flair", "t2", "t1ce"):
+        path = tmp_path / f"a_{ending}.nii.gz"
+        path.write_bytes(path.read_bytes()[:-1] if ending == "t1ce" else b"nothing")
+    # t1ce is found wrong only at its end, after the others.
+    assert "a_t1ce.nii.gz" in usage("cut off", tmp_path, error=BadDataError)

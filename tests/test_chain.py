@@ -10,7 +10,7 @@ import pytest
 
 from jrs.fields import DisplacementField, jacobian_determinant
 from jrs.geometry import Geometry
-from jrs.runtime import sampling
+from jrs.runtime import native, sampling
 from jrs.runtime.chain import Chain, composed
 from jrs.runtime.inversion import InverseField
 from jrs.transforms import Affine
@@ -24,6 +24,15 @@ def bend(points: np.ndarray) -> np.ndarray:
     return np.stack(
         [5 * np.sin(0.05 * y + 0.3), 4 * np.cos(0.06 * z - 0.02 * x), 6 * np.sin(0.04 * x + 0.05 * y)], axis=-1
     )
+
+
+@pytest.fixture(autouse=True, params=["compiled", "portable"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything here holds with the compiled kernels and without them."""
+    if request.param == "compiled" and not native.available():
+        pytest.skip("the kernels were not compiled")
+    monkeypatch.setenv("JRS_KERNELS", "on" if request.param == "compiled" else "off")
+    return str(request.param)
 
 
 @pytest.fixture
@@ -219,4 +228,4 @@ def test_a_fold_has_an_answer_and_says_how_far_it_is_off(grid: Geometry, helpers
         back = Chain((field_of(grid, helpers, function),)).inverse()
         got = back.points(inner(grid))
         assert np.isfinite(got).all()
-    assert back.residuals[0].unsolved > 0 and back.residuals[0].largest_mm > 1.0
+    assert back.residuals[0].unsolved > 0 and back.residuals[0].largest_mm > 0.5

@@ -317,10 +317,10 @@ def test_143_for_a_termination_that_leaves_nothing_half_written(
     killed = """
 import os, signal, time
 import jrs.runtime.report_html as h
-def html_report(*a, **k):
+def page(*a, **k):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(5)
-h.html_report = html_report
+h.page = page
 """
     done = infer("--no-inverse", before=killed)
     assert done.returncode == 143, done.stderr

@@ -125,7 +125,7 @@ RUNTIME = EVERYWHERE | {
 }
 LEARNING = EVERYWHERE | {"torch", "monai", "lightning_fabric", "safetensors", "h5py", "tensorboard", "tomli"}
 LIBRARIES = {
-    "core": EVERYWHERE,
+    "core": EVERYWHERE | {"isal"},
     "models": LEARNING | {"onnx"},  # to read the weights inside a bundle
     # Progress on stderr, pictures of the validation, one process a cache.
     "train": LEARNING | {"rich", "PIL", "filelock"},

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jrs.geometry import Geometry, apply_affine
+from jrs.volume import occupied
 
 SHAPE = (7, 5, 4)
 AXES = [
@@ -195,3 +196,36 @@ def test_every_orientation_has_one_canonical_grid(oblique: np.ndarray, helpers: 
     np.testing.assert_allclose(grid.affine, want_affine, atol=0.01)
     again, _ = Geometry(SHAPE, oblique.astype(np.float32)).canonical()
     assert grid == again
+
+
+# Parts ----------------------------------------------------------------------------------------------------
+
+
+def test_a_part_keeps_its_voxels_where_they_are(sheared: np.ndarray) -> None:
+    grid = Geometry((6, 7, 8), sheared)
+    part = grid.part((slice(2, 5), slice(0, 7), slice(3, 4)))
+    assert part.shape == (3, 7, 1)
+    for index in ((0, 0, 0), (2, 6, 0), (1, 3, 0)):
+        whole = (index[0] + 2, index[1], index[2] + 3)
+        np.testing.assert_allclose(part.to_ras(index), nib.affines.apply_affine(sheared, whole), atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_occupied_box_loses_no_voxel(seed: int) -> None:
+    """Of images with a few voxels that are not zero: all of them within, and a plane of zeros or the border around."""
+    generator = np.random.default_rng(seed)
+    images = [np.zeros((9, 8, 7), dtype=np.float32) for _ in range(2)]
+    for image in images:
+        image[tuple(generator.integers(1, 6, (3, 3)))] = generator.normal(size=3)
+    box = occupied(images)
+    both = np.abs(images).sum(axis=0)
+    assert np.count_nonzero(both[box]) == np.count_nonzero(both) > 0
+    for axis in range(3):
+        ends = np.moveaxis(both[box], axis, 0)
+        assert box[axis].start == 0 or (not ends[0].any() and ends[1].any())
+        assert box[axis].stop == both.shape[axis] or (not ends[-1].any() and ends[-2].any())
+
+
+def test_of_nothing_the_whole_is_kept() -> None:
+    assert occupied([np.zeros((2, 3, 4))]) == (slice(0, 2), slice(0, 3), slice(0, 4))
+    assert occupied([np.full((2, 3, 4), np.nan)]) == (slice(0, 2), slice(0, 3), slice(0, 4))

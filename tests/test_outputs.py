@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -15,7 +17,9 @@ import numpy as np
 import pytest
 
 import jrs
-from jrs.errors import CannotCreateError, UsageError
+from jrs.errors import CannotCreateError, OutputError, UsageError
+from jrs.fields import DisplacementField
+from jrs.runtime import results
 from jrs.runtime.pipeline import Pipeline
 from jrs.runtime.report_schema import report_schema
 from jrs.runtime.results import Result
@@ -307,3 +311,33 @@ def test_the_bids_validator_finds_no_error(dataset: Path, derivative: Path) -> N
         errors = [issue for issue in found["issues"]["issues"] if issue["severity"] == "error"]
         assert errors == [] and done.returncode == 0, (root, errors, done.stderr)
         assert found["summary"]["subjects"] == ["01"]
+
+
+# The same again -------------------------------------------------------------------------------------------
+
+
+def test_images_saved_again_are_the_same_bytes(quick: Callable[..., Result], tmp_path: Path) -> None:
+    result = quick()
+    folders = [result.save(tmp_path / name) for name in ("one", "two")]
+    for name in result.images().values():
+        one, two = ((folder / name).read_bytes() for folder in folders)
+        assert one == two, name
+
+
+def test_an_image_that_cannot_be_written_leaves_nothing(
+    quick: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = quick()
+    save_field = results.save_field
+    written = []
+
+    def full(path: Path, field: DisplacementField) -> None:
+        if written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(path)
+        save_field(path, field)
+
+    monkeypatch.setattr(results, "save_field", full)
+    with pytest.raises(OutputError, match="No space left"):
+        result.save(tmp_path / "out")
+    assert written and not (tmp_path / "out" / result.case.name).exists()

@@ -613,7 +613,8 @@ def test_gzip_without_its_last_byte(tmp_path: Path) -> None:
 
 def test_gzip_damaged(tmp_path: Path) -> None:
     whole = gzip.compress(noise(), mtime=0)
-    refused(saved(tmp_path / "a.nii.gz", whole + b"garbage"), BadDataError, "is damaged")
+    refused(saved(tmp_path / "a.nii.gz", whole + b"some garbage"), BadDataError, "is damaged")
+    refused(saved(tmp_path / "a.nii.gz", whole + b"few"), BadDataError, "its gzip stream")
     wrong_checksum = bytearray(whole)
     wrong_checksum[-8] ^= 1
     refused(saved(tmp_path / "b.nii.gz", wrong_checksum), BadDataError, "CRC")

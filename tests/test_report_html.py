@@ -18,7 +18,7 @@ from jrs.fields import DisplacementField
 from jrs.geometry import FloatArray, Geometry, apply_affine
 from jrs.runtime.measures import volume_verdict
 from jrs.runtime.report_html import html_report
-from jrs.runtime.report_pictures import CHECK_MM, CLASSES, GRID_MM
+from jrs.runtime.report_pictures import CHECK_MM, CLASSES, GRID_MM, Sparse, _closed
 from jrs.volume import Volume
 
 PLANES = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}
@@ -458,3 +458,32 @@ def test_empty_images_are_drawn() -> None:
     given.moved = np.zeros_like(given.moved)
     given.fixed = Volume(np.zeros_like(given.fixed.data), given.fixed.geometry)
     assert given.page().rows() == ROWS
+
+
+# What is shown --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", ["LAS", "PIR", "SAL"])
+def test_extent_and_centre_of_the_foreground(orientation: str) -> None:
+    grid = oblique(orientation)
+    at = points(grid)
+    sparse = Sparse.of(Volume(case_image(at), grid))
+    seen = at[:: sparse.steps[0], :: sparse.steps[1], :: sparse.steps[2]][sparse.mask]
+    assert 1000 < len(seen) == sparse.values.size < at.size / 3
+    np.testing.assert_allclose(sparse.extent(), [seen.min(axis=0), seen.max(axis=0)], atol=1e-9)
+    np.testing.assert_allclose(sparse.center(), seen.mean(axis=0), atol=1e-9)
+
+
+def test_without_a_foreground_the_whole_grid_is_shown() -> None:
+    grid = Geometry.aligned((5, 6, 7), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), "RAS")
+    sparse = Sparse.of(Volume(np.zeros(grid.shape, dtype=np.float32), grid))
+    np.testing.assert_allclose(sparse.extent(), [[-2.0, -2.5, -3.0], [2.0, 2.5, 3.0]])
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.3, 0.99])
+@pytest.mark.parametrize("shape", [(60, 45), (9, 40)])
+def test_small_holes_are_closed(share: float, shape: tuple[int, int]) -> None:
+    ndimage = pytest.importorskip("scipy.ndimage")
+    grey = (np.random.default_rng(3).random(shape) < share).astype(np.float32)
+    widened = ndimage.maximum_filter(grey, 11, mode="nearest")
+    np.testing.assert_array_equal(_closed(grey), ndimage.minimum_filter(widened, 11, mode="nearest") > 0)

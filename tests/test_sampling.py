@@ -11,12 +11,11 @@ import pytest
 from scipy import ndimage
 
 from jrs.geometry import Geometry
-from jrs.runtime import sampling
+from jrs.runtime import native, sampling
 from jrs.runtime.sampling import (
     affine_coords,
     resample_affine,
     sample,
-    sample_along_axes,
     sample_nearest,
     slabs,
 )
@@ -27,6 +26,15 @@ ORIENTATIONS = [
     for order in itertools.permutations(("RL", "AP", "SI"))
     for letters in itertools.product(*order)
 ]
+
+
+@pytest.fixture(autouse=True, params=["compiled", "portable"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything here holds with the compiled kernels and without them."""
+    if request.param == "compiled" and not native.available():
+        pytest.skip("the kernels were not compiled")
+    monkeypatch.setenv("JRS_KERNELS", "on" if request.param == "compiled" else "off")
+    return str(request.param)
 
 
 @pytest.fixture
@@ -166,31 +174,6 @@ def test_affine_coords_are_the_matrix_times_the_index(helpers: Any) -> None:
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, want, atol=1e-5)
     np.testing.assert_array_equal(affine_coords(SHAPE, matrix, 3, 7), got[:, 3:7])
-
-
-@pytest.mark.parametrize("codes", ORIENTATIONS)
-def test_along_axes_it_is_trilinear_too(image: np.ndarray, helpers: Any, codes: str) -> None:
-    """Between grids whose axes are parallel, in any of the 48 ways, partly outside, whole and in slabs."""
-    source = helpers.grid_affine(SHAPE, (1.5, 2.0, 3.0), "LPS", center=(3, 2, 1))
-    shape = (11, 10, 9)
-    target = helpers.grid_affine(shape, (1.3, 2.3, 1.9), codes, center=(4.1, 0.2, 2.3))
-    matrix = np.linalg.inv(source) @ target
-    coords = np.moveaxis(nib.affines.apply_affine(matrix, np.moveaxis(np.indices(shape), 0, -1)), -1, 0)
-    want = np.stack([ndimage.map_coordinates(c.astype(float), coords, order=1, mode="nearest") for c in image])
-    for axis, n in enumerate(SHAPE):
-        want[:, (coords[axis] < -0.5) | (coords[axis] > n - 0.5)] = 0.0
-    assert 0.1 < (want == 0).mean() < 0.9
-    got = sample_along_axes(image, matrix, shape, 0, 11)
-    assert got is not None and got.dtype == np.float32 and got.flags.c_contiguous
-    np.testing.assert_allclose(got, want, atol=5e-4)
-    slab = sample_along_axes(image, matrix, shape, 3, 8)
-    np.testing.assert_allclose(slab, want[:, 3:8], atol=5e-4)
-
-
-@pytest.mark.parametrize("degrees", [(0.0, 0.0, 0.001), (5.0, 0.0, 0.0), (45.0, 45.0, 0.0)], ids=str)
-def test_turned_grids_have_no_separate_axes(image: np.ndarray, helpers: Any, degrees: Any) -> None:
-    matrix = helpers.grid_affine(SHAPE, (1.0, 1.0, 1.0), "RAS", degrees)
-    assert sample_along_axes(image, matrix, SHAPE, 0, 9) is None
 
 
 @pytest.mark.parametrize("bound", [1, 10, 100, 10**6])

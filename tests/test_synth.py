@@ -221,7 +221,8 @@ def test_maps_on_a_finer_grid_give_partial_volumes() -> None:
     fine = torch.zeros(tuple(2 * n for n in SHAPE), dtype=torch.uint8)
     fine[6:26, 6:26, 11:53] = CORTEX  # from the middle of voxel 5 on the third axis
     plain = dict.fromkeys(("noise", "bias", "gamma", "jitter", "texture", "blur", "thick_slices"), 0.0)
-    config = dataclasses.replace(STILL, **plain, **WHOLE, hyperintensities=0.0, vessels=0.0, single_modality_moving=0.0)
+    extras = dict.fromkeys(("membranes", "hyperintensities", "vessels"), 0.0)
+    config = dataclasses.replace(STILL, **plain, **WHOLE, **extras, single_modality_moving=0.0)
     fine[6:26, 6:26, 11:31] = WHITE
     maps = LabelMaps(("a", "b"), torch.zeros(2, *fine.shape, dtype=torch.uint8), torch.stack([fine] * 2))
     line = SyntheticPairs(maps, model_spec(), config, 0).draw(0, 0, fixed=False).image[0, 0, 8, 8]

@@ -274,6 +274,16 @@ def test_the_node_carries_what_the_plugin_registry_asks_for(default: Bundle) -> 
     assert f"{attributes['plugin_namespace'].decode()}::{node.op_type}" == kernel.PLUGIN
 
 
+def test_so_does_the_one_inside_the_refinements_loop() -> None:
+    onnx = pytest.importorskip("onnx")
+    from jrs.runtime.refine import GRAPH
+
+    (loop,) = [n for n in onnx.load(str(GRAPH)).graph.node if n.op_type == "Loop"]
+    (body,) = [a.g for a in loop.attribute if a.name == "body"]
+    (node,) = [n for n in body.node if n.op_type == "JrsGridSample3D"]
+    assert {a.name for a in node.attribute} == {"plugin_namespace", "plugin_version", "aot"}
+
+
 # On a device ----------------------------------------------------------------------------------------------
 
 

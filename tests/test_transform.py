@@ -13,7 +13,8 @@ from scipy import ndimage
 from jrs.fields import DisplacementField
 from jrs.geometry import Geometry
 from jrs.itk import save_field
-from jrs.runtime import sampling
+from jrs.runtime import native, sampling
+from jrs.runtime.sampling import Sampled
 from jrs.runtime.transform import FADE_MM, Transform, to_voxel_coords
 
 NETWORK_SHAPE = (24, 26, 22)
@@ -30,6 +31,15 @@ def wave(points: np.ndarray, scale: float = 1.0) -> np.ndarray:
             1.5 + 3.5 * np.sin(0.04 * z - 0.02 * x + 1.0),
         ]
     )
+
+
+@pytest.fixture(autouse=True, params=["compiled", "portable"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything here holds with the compiled kernels and without them."""
+    if request.param == "compiled" and not native.available():
+        pytest.skip("the kernels were not compiled")
+    monkeypatch.setenv("JRS_KERNELS", "on" if request.param == "compiled" else "off")
+    return str(request.param)
 
 
 @pytest.fixture
@@ -62,7 +72,7 @@ def fixed(helpers: Any, request: pytest.FixtureRequest) -> Geometry:
 
 
 @pytest.fixture
-def native(helpers: Any, affine: np.ndarray) -> Geometry:
+def native_grid(helpers: Any, affine: np.ndarray) -> Geometry:
     """The moving image's grid: about where A takes the fixed one, another orientation."""
     shape = (18, 22, 19)
     center = tuple(nib.affines.apply_affine(affine, (0, -4, 2)))
@@ -91,16 +101,31 @@ def total(affine: np.ndarray, displacement: DisplacementField, points: np.ndarra
 def test_forward_is_the_affine_behind_the_displacement(
     affine: np.ndarray, displacement: DisplacementField, fixed: Geometry, helpers: Any
 ) -> None:
-    moved, before = np.empty((3, *fixed.shape)), np.empty((3, *fixed.shape))
-    for planes, a, b in Transform(affine, displacement, 1).forward(fixed):
-        moved[:, planes], before[:, planes] = a, b
+    moved = Transform(affine, displacement, 1).positions(fixed)
     points = flat(helpers.world_points(fixed.affine, fixed.shape))
-    np.testing.assert_allclose(flat(before), points + interpolated(displacement, points), atol=1e-3)
     np.testing.assert_allclose(flat(moved), total(affine, displacement, points), atol=1e-3)
     # The order matters here: u(A x) would be far off.
     swapped = nib.affines.apply_affine(affine, points)
     swapped = swapped + wave(swapped.T).T
     assert np.abs(swapped - flat(moved)).max() > 1.0
+
+
+def test_images_are_pulled_from_where_the_transform_leads(
+    affine: np.ndarray, displacement: DisplacementField, fixed: Geometry, native_grid: Geometry, helpers: Any
+) -> None:
+    """Five channels, which fill one group of four and begin another; outside the image there is -3."""
+    data = np.random.default_rng(8).normal(50.0, 20.0, (5, *native_grid.shape)).astype(np.float32)
+    moved = Transform(affine, displacement, 1).pull(Sampled(data, 1), native_grid, fixed, -3.0)
+    points = total(affine, displacement, flat(helpers.world_points(fixed.affine, fixed.shape)))
+    voxels = nib.affines.apply_affine(np.linalg.inv(native_grid.affine), points).T
+    last = np.array(native_grid.shape)[:, None] - 1
+    outside = ((voxels < -0.5) | (voxels > last + 0.5)).any(axis=0)
+    border = (np.abs(voxels + 0.5) < 1e-3).any(axis=0) | (np.abs(voxels - last - 0.5) < 1e-3).any(axis=0)
+    assert 0.02 < outside.mean() < 0.9
+    for got, channel in zip(moved, data, strict=True):
+        want = ndimage.map_coordinates(channel.astype(float), voxels, order=1, mode="nearest")
+        want[outside] = -3.0
+        np.testing.assert_allclose(got.ravel()[~border], want[~border], atol=0.02)
 
 
 def test_dense_is_forward_less_the_identity(
@@ -149,16 +174,15 @@ def test_across_the_network_border_nothing_jumps(
     assert np.linalg.norm(u[0]) > 1.0
 
 
-def test_the_affine_alone(affine: np.ndarray, fixed: Geometry, native: Geometry, helpers: Any) -> None:
+def test_the_affine_alone(affine: np.ndarray, fixed: Geometry, native_grid: Geometry, helpers: Any) -> None:
     transform = Transform(affine, None)
     points = flat(helpers.world_points(fixed.affine, fixed.shape))
     want = nib.affines.apply_affine(affine, points)
     np.testing.assert_allclose(flat(transform.dense(fixed).vectors_mm), want - points, atol=1e-3)
     np.testing.assert_allclose(transform.points(points), want, atol=1e-9)
-    back = flat(helpers.world_points(native.affine, native.shape))
+    back = flat(helpers.world_points(native_grid.affine, native_grid.shape))
     want = nib.affines.apply_affine(np.linalg.inv(affine), back) - back
-    np.testing.assert_allclose(flat(transform.inverse_dense(native).vectors_mm), want, atol=1e-3)
-    assert transform.inverse_displacement is None
+    np.testing.assert_allclose(flat(transform.inverse_dense(native_grid).vectors_mm), want, atol=1e-3)
 
 
 def test_to_voxel_coords_is_the_inverse_affine(fixed: Geometry) -> None:
@@ -171,16 +195,16 @@ def test_slab_seams_do_not_show(
     affine: np.ndarray,
     displacement: DisplacementField,
     fixed: Geometry,
-    native: Geometry,
+    native_grid: Geometry,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     transform = Transform(affine, displacement, 1)
-    dense, inverse = transform.dense(fixed).vectors_mm, transform.inverse_dense(native).vectors_mm
+    dense, inverse = transform.dense(fixed).vectors_mm, transform.inverse_dense(native_grid).vectors_mm
     monkeypatch.setattr(sampling, "_SLAB_VOXELS", 700)
     assert len(sampling.slabs(fixed.shape)) > 5
     # To float rounding: the affine's matrix product depends on how many points it has.
     np.testing.assert_allclose(transform.dense(fixed).vectors_mm, dense, atol=1e-4)
-    np.testing.assert_allclose(transform.inverse_dense(native).vectors_mm, inverse, atol=1e-4)
+    np.testing.assert_allclose(transform.inverse_dense(native_grid).vectors_mm, inverse, atol=1e-4)
 
 
 # Back -----------------------------------------------------------------------------------------------------
@@ -188,15 +212,15 @@ def test_slab_seams_do_not_show(
 
 @pytest.mark.parametrize("scale", [1.0, 2.5], ids=["smooth", "strong"])
 def test_forward_after_inverse_is_the_identity(
-    affine: np.ndarray, network: Geometry, native: Geometry, helpers: Any, scale: float
+    affine: np.ndarray, network: Geometry, native_grid: Geometry, helpers: Any, scale: float
 ) -> None:
     """For the strong one |u| is up to 20 mm and its gradient up to 0.5."""
     vectors = wave(helpers.world_points(network.affine, NETWORK_SHAPE), scale).astype(np.float32)
     displacement = DisplacementField(vectors, network)
     transform = Transform(affine, displacement, 1)
-    inverse = transform.inverse_dense(native)
-    assert inverse.geometry == native
-    y = flat(helpers.world_points(native.affine, native.shape))
+    inverse = transform.inverse_dense(native_grid)
+    assert inverse.geometry == native_grid
+    y = flat(helpers.world_points(native_grid.affine, native_grid.shape))
     x = y + flat(inverse.vectors_mm)
     np.testing.assert_allclose(transform.points(x), y, atol=0.05)
     # By scipy, where x lies in the network's own grid.
@@ -213,10 +237,10 @@ def test_the_inverse_holds_where_the_field_fades(
     """A native image larger than the network's grid: across its border and beyond, where u bends most."""
     shape = (24, 24, 24)
     center = tuple(nib.affines.apply_affine(affine, network.center))
-    native = Geometry(shape, helpers.grid_affine(shape, (9.0, 9.0, 9.0), "LPS", (3, 2, 1), center))
+    native_grid = Geometry(shape, helpers.grid_affine(shape, (9.0, 9.0, 9.0), "LPS", (3, 2, 1), center))
     transform = Transform(affine, displacement, 1)
-    y = flat(helpers.world_points(native.affine, shape))
-    x = y + flat(transform.inverse_dense(native).vectors_mm)
+    y = flat(helpers.world_points(native_grid.affine, shape))
+    x = y + flat(transform.inverse_dense(native_grid).vectors_mm)
     error = np.linalg.norm(transform.points(x) - y, axis=1)
     inside = ((x > network.corners().min(axis=0)) & (x < network.corners().max(axis=0))).all(axis=1)
     assert 0.1 < inside.mean() < 0.5
@@ -230,12 +254,12 @@ def test_the_saved_files_invert_each_other_in_simpleitk(
     affine: np.ndarray,
     displacement: DisplacementField,
     fixed: Geometry,
-    native: Geometry,
+    native_grid: Geometry,
 ) -> None:
     sitk = pytest.importorskip("SimpleITK")
     transform = Transform(affine, displacement, 1)
     save_field(tmp_path / "forward.nii.gz", transform.dense(fixed))
-    save_field(tmp_path / "inverse.nii.gz", transform.inverse_dense(native))
+    save_field(tmp_path / "inverse.nii.gz", transform.inverse_dense(native_grid))
     forward, inverse = (
         sitk.DisplacementFieldTransform(sitk.ReadImage(str(tmp_path / f"{name}.nii.gz"), sitk.sitkVectorFloat64))
         for name in ("forward", "inverse")
@@ -249,28 +273,24 @@ def test_the_saved_files_invert_each_other_in_simpleitk(
     assert np.linalg.norm(y - x, axis=1).min() > 3.0
 
 
-def test_a_fold_has_no_inverse_but_an_answer(network: Geometry, native: Geometry, helpers: Any) -> None:
+def test_a_fold_has_no_inverse_but_an_answer(network: Geometry, native_grid: Geometry, helpers: Any) -> None:
     """u = -1.8 a sin(x/a) folds: the iteration must end, finite, within the size of u."""
     points = helpers.world_points(network.affine, NETWORK_SHAPE)
     vectors = np.zeros((3, *NETWORK_SHAPE), dtype=np.float32)
     vectors[0] = -1.8 * 12.0 * np.sin(points[0] / 12.0)
-    inverse = Transform(np.eye(4), DisplacementField(vectors, network), 1).inverse_dense(native)
+    inverse = Transform(np.eye(4), DisplacementField(vectors, network), 1).inverse_dense(native_grid)
     assert np.isfinite(inverse.vectors_mm).all()
     assert np.abs(inverse.vectors_mm).max() <= 1.8 * 12.0 + 0.01
 
 
-def test_the_inverse_of_a_field_finer_than_the_inversion(native: Geometry, affine: np.ndarray, helpers: Any) -> None:
-    """Voxels of 1.2 to 3 mm, waves of 20 mm: found on voxels of 2 mm and mended at the points themselves."""
+def test_the_inverse_of_a_field_of_fine_voxels(native_grid: Geometry, affine: np.ndarray, helpers: Any) -> None:
+    """Voxels of 1.2 to 3 mm, waves of 20 mm."""
     shape = (40, 46, 20)
     grid = Geometry(shape, helpers.grid_affine(shape, (1.2, 1.3, 3.0), "LAS", (4.0, 0.0, -6.0), (2.0, -5.0, 3.0)))
     x, y, z = helpers.world_points(grid.affine, shape) / 20.0 * 2.0 * np.pi
     vectors = 0.9 * np.stack([np.sin(y), np.cos(z + 0.5), np.sin(x - 0.3)])
     transform = Transform(affine, DisplacementField(vectors.astype(np.float32), grid), 1)
-    assert np.isclose(transform.inverse_displacement.geometry.spacing, (2.0, 2.0, 3.0)).all()
-    corners = transform.field.geometry.corners()
-    there = transform.inverse_displacement.geometry.to_voxels(corners)
-    assert (there > -1e-6).all() and (there < np.array(transform.inverse_displacement.geometry.shape)).all()
-    y = flat(helpers.world_points(native.affine, native.shape))
-    error = np.linalg.norm(transform.points(y + flat(transform.inverse_dense(native).vectors_mm)) - y, axis=1)
+    y = flat(helpers.world_points(native_grid.affine, native_grid.shape))
+    error = np.linalg.norm(transform.points(y + flat(transform.inverse_dense(native_grid).vectors_mm)) - y, axis=1)
     assert np.abs(transform.points(y) - nib.affines.apply_affine(affine, y)).max() > 0.8
     assert error.max() < 0.06

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from jrs.fields import DisplacementField
 from jrs.geometry import FloatArray, Geometry
-from jrs.runtime.sampling import affine_coords, sample, sample_nearest, slabs
+from jrs.runtime.sampling import Sampled, Warp, affine_coords, sample, sample_nearest, slabs
 from jrs.runtime.transform import to_voxel_coords
 from jrs.volume import Volume
 
@@ -44,11 +44,8 @@ class FieldTransform:
         if fixed == self.field.geometry:
             return self.field
         matrix = self.field.geometry.inverse @ fixed.affine
-        out = np.empty((3, *fixed.shape), dtype=np.float32)
-        for start, stop in slabs(fixed.shape):
-            coords = affine_coords(fixed.shape, matrix, start, stop)
-            out[:, start:stop] = sample(self.field.vectors_mm, coords, None, self.threads)
-        return DisplacementField(out, fixed)
+        vectors_mm = Sampled(self.field.vectors_mm, self.threads).pull(fixed.shape, matrix, None, None)
+        return DisplacementField(vectors_mm, fixed)
 
     def points(self, points_ras: npt.ArrayLike) -> FloatArray:
         """T(x) of points (n,3), the field sampled linearly."""
@@ -69,11 +66,10 @@ def warp_labels(labels: Volume, field: DisplacementField) -> npt.NDArray[Any]:
 
 def warp_image(image: Volume, field: DisplacementField, threads: int | None = None) -> Array:
     """An image at x + d(x) for x on the field's grid, trilinear, 0 outside."""
-    grid = field.geometry
-    out = np.zeros(grid.shape, dtype=np.float32)
-    for start, stop in slabs(grid.shape):
-        out[start:stop] = sample(image.data[None], _moving_coords(field, start, stop, image.geometry), 0.0, threads)[0]
-    return out
+    grid, to_image = field.geometry, image.geometry.inverse
+    warp = Warp(Sampled(field.vectors_mm, threads), np.eye(4), to_image[:3, :3])
+    moved: Array = Sampled(image.data[None], threads).pull(grid.shape, to_image @ grid.affine, warp)[0]
+    return moved
 
 
 def _moving_coords(field: DisplacementField, start: int, stop: int, moving: Geometry) -> Array:

@@ -45,6 +45,7 @@ _STRUCTURE_FACTORS = {
 _WHITE, _CSF = TISSUES.index("white_matter"), TISSUES.index("csf")
 _CHOROID_PLEXUS = DRAWN_CLASSES.index("choroid_plexus")
 _OUTER_CSF = 1 + list(STRUCTURES).index("csf")
+_CORTEX = (TISSUES.index("cortex"), 1 + list(STRUCTURES).index("left_cerebral_cortex"))
 _VENTRICLES = tuple(1 + list(STRUCTURES).index(f"{side}_lateral_ventricle") for side in ("left", "right"))
 
 
@@ -85,6 +86,7 @@ def render(
         rows += table[sample.reshape(-1).int()]
     image = (rows / len(anatomy.samples)).T.reshape(len(channels), *draws.shape).contiguous()
     mask = strip(anatomy, config, draws)
+    _membranes(image, anatomy, table, config, draws)
     _hyperintensities(image, anatomy, channels, config, draws)
     _contrast_agent(image, anatomy, mask, channels, config, draws)
     for lesion in lesions:
@@ -179,6 +181,20 @@ def _paint(
     core = torch.nonzero(lesion.parts.reshape(-1) >= 0)[:, 0]
     image.view(len(channels), -1)[:, core] = means[:, lesion.parts.reshape(-1)[core]] * patchy[core]
     return image
+
+
+def _membranes(image: Tensor, anatomy: Anatomy, table: Tensor, config: SynthesisConfig, draws: Draws) -> None:
+    """Dura, falx and venous sinuses in the fluid around the brain: any grey from fluid to cortex, in patches. In place.
+
+    Label maps call all of it fluid; skull-stripping leaves it on, most of all between the hemispheres and behind.
+    """
+    if not draws.chance(config.membranes):
+        return
+    patches = torch.sigmoid((draws.smooth(1, 18.0)[0] - draws.uniform(-1.0, 1.2)) * 5.0)
+    patches = patches * (anatomy.structures == _OUTER_CSF)
+    fluid, cortex = (table[tissue * (len(STRUCTURES) + 1) + at] for tissue, at in ((_CSF, _OUTER_CSF), _CORTEX))
+    level = fluid + (0.2 + draws.uniforms(image.shape[0])) * (cortex - fluid)
+    image.lerp_(level.view(-1, 1, 1, 1), patches.expand_as(image))
 
 
 def _hyperintensities(

@@ -155,6 +155,7 @@ class SynthesisConfig:
         stripping: how far skull-stripping strays from the brain, 0 (not at all) to 1.
         cropped: share of images whose field of view ends inside the brain.
         thick_slices, slice_mm: share of channels seen through thick slices, and how thick at most.
+        membranes: share of images with dura and venous sinuses in the fluid around the brain.
         hyperintensities, vessels: share of images with bright spots of white matter, with enhancing vessels.
         contrast: how far the contrast between tissues strays.
         noise, bias, gamma, jitter, texture, blur: largest deviation of each.
@@ -180,6 +181,7 @@ class SynthesisConfig:
     cropped: float = 0.1
     thick_slices: float = 0.3
     slice_mm: float = 6.0
+    membranes: float = 0.7
     hyperintensities: float = 0.5
     vessels: float = 0.7
     contrast: float = 0.8

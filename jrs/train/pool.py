@@ -17,13 +17,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def available_cpus() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def for_each(
     function: Callable[[T], R], items: Sequence[T], workers: int, done: Callable[[R], None] = lambda result: None
 ) -> list[R]:

@@ -1,0 +1,359 @@
+/* Trilinear sampling, resampling through a displacement field, and a field's inverse, for one thread's share of the
+ * target. Python splits the work (jrs.runtime.native); nothing here allocates, locks or keeps a state.
+ *
+ * Volumes are float32 in C order, (X,Y,Z) with `lanes` = 1, or (X,Y,Z,4) with `lanes` = 4: the channels of a voxel
+ * beside one another, so that one load fetches all of a corner. Coordinates are voxel indices of the volume that is
+ * sampled. A point further than half a voxel outside takes the value `outside`, as in ITK, or with `border` that of
+ * the nearest voxel.
+ */
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+#include <stdint.h>
+
+#if defined(_MSC_VER)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+/* Coordinates of a row are worked out this many at a time. */
+#define CHUNK 256
+
+typedef struct {
+    const float *data;
+    int64_t shape[3];
+    int64_t lanes;
+} volume_t;
+
+/* Index of the lower corner along one axis, 0 or 1 to the upper one, and the share of the upper one. */
+static inline int64_t corner(float x, int64_t n, int64_t *next, float *share)
+{
+    float top = (float)(n - 1);
+    x = x > 0.0f ? x : 0.0f; /* NaN becomes 0 */
+    x = x < top ? x : top;
+    int64_t low = (int64_t)x;
+    if (low > n - 2)
+        low = n > 1 ? n - 2 : 0;
+    *next = n > 1;
+    *share = x - (float)low;
+    return low;
+}
+
+static inline int within(const volume_t *v, float x, float y, float z)
+{
+    return x >= -0.5f && x <= (float)v->shape[0] - 0.5f && y >= -0.5f && y <= (float)v->shape[1] - 0.5f &&
+           z >= -0.5f && z <= (float)v->shape[2] - 0.5f;
+}
+
+/* The value at a point, `lanes` of them. */
+static inline void value_at(const volume_t *v, float x, float y, float z, float *out)
+{
+    int64_t di, dj, dk;
+    float a, b, c;
+    int64_t i = corner(x, v->shape[0], &di, &a);
+    int64_t j = corner(y, v->shape[1], &dj, &b);
+    int64_t k = corner(z, v->shape[2], &dk, &c);
+    int64_t row = v->shape[2] * v->lanes, plane = v->shape[1] * row;
+    const float *p = v->data + i * plane + j * row + k * v->lanes;
+    const float *q = p + dj * row, *r = p + di * plane, *s = r + dj * row;
+    dk *= v->lanes;
+    float w00 = (1.0f - a) * (1.0f - b), w01 = (1.0f - a) * b, w10 = a * (1.0f - b), w11 = a * b;
+    float d = 1.0f - c;
+    if (v->lanes == 1) {
+        out[0] = d * (w00 * p[0] + w01 * q[0] + w10 * r[0] + w11 * s[0]) +
+                 c * (w00 * p[dk] + w01 * q[dk] + w10 * r[dk] + w11 * s[dk]);
+        return;
+    }
+    for (int l = 0; l < 4; l++)
+        out[l] = d * (w00 * p[l] + w01 * q[l] + w10 * r[l] + w11 * s[l]) +
+                 c * (w00 * p[dk + l] + w01 * q[dk + l] + w10 * r[dk + l] + w11 * s[dk + l]);
+}
+
+/* The value of a field (4 lanes) at a point and its derivative along each axis, the latter [axis][lane]. */
+static inline void value_and_slope(const volume_t *v, float x, float y, float z, float *out, float slope[3][4])
+{
+    int64_t di, dj, dk;
+    float a, b, c;
+    int64_t i = corner(x, v->shape[0], &di, &a);
+    int64_t j = corner(y, v->shape[1], &dj, &b);
+    int64_t k = corner(z, v->shape[2], &dk, &c);
+    int64_t row = v->shape[2] * 4, plane = v->shape[1] * row;
+    const float *p = v->data + i * plane + j * row + k * 4;
+    const float *q = p + dj * row, *r = p + di * plane, *s = r + dj * row;
+    dk *= 4;
+    for (int l = 0; l < 4; l++) {
+        /* Along z first, then y, then x. */
+        float p0 = p[l], p1 = p[dk + l] - p0, q0 = q[l], q1 = q[dk + l] - q0;
+        float r0 = r[l], r1 = r[dk + l] - r0, s0 = s[l], s1 = s[dk + l] - s0;
+        float pp = p0 + c * p1, qq = q0 + c * q1, rr = r0 + c * r1, ss = s0 + c * s1;
+        float pz = p1 + b * (q1 - p1), rz = r1 + b * (s1 - r1);
+        float near = pp + b * (qq - pp), far = rr + b * (ss - rr);
+        out[l] = near + a * (far - near);
+        slope[0][l] = far - near;
+        slope[1][l] = (qq - pp) + a * ((ss - rr) - (qq - pp));
+        slope[2][l] = pz + a * (rz - pz);
+    }
+}
+
+/* Sample at n points: coordinates `stride` floats apart axis by axis, values likewise channel by channel. */
+EXPORT void jrs_sample(const float *data, const int64_t *shape, int64_t lanes, int64_t channels, const float *coords,
+                       int64_t coords_stride, int64_t n, int border, float outside, float *out, int64_t out_stride)
+{
+    volume_t v = {data, {shape[0], shape[1], shape[2]}, lanes};
+    float values[4];
+    for (int64_t m = 0; m < n; m++) {
+        float x = coords[m], y = coords[coords_stride + m], z = coords[2 * coords_stride + m];
+        if (border || within(&v, x, y, z)) {
+            value_at(&v, x, y, z, values);
+            for (int64_t l = 0; l < channels; l++)
+                out[l * out_stride + m] = values[l];
+        } else {
+            for (int64_t l = 0; l < channels; l++)
+                out[l * out_stride + m] = outside;
+        }
+    }
+}
+
+/* Coordinates of `count` voxels of a row from voxel k on: (3, CHUNK) = base * (i, j, k, 1) + linear * u(where). */
+static inline void row_coords(const double *base, const volume_t *field, const double *where, const double *linear,
+                              double i, double j, int64_t k, int64_t count, float coords[3][CHUNK])
+{
+    for (int axis = 0; axis < 3; axis++) {
+        const double *m = base + 4 * axis;
+        double start = m[0] * i + m[1] * j + m[3] + m[2] * (double)k;
+        for (int64_t t = 0; t < count; t++)
+            coords[axis][t] = (float)(start + m[2] * (double)t);
+    }
+    if (!field->data)
+        return;
+    double at[3], l[9];
+    for (int axis = 0; axis < 3; axis++)
+        at[axis] = where[4 * axis] * i + where[4 * axis + 1] * j + where[4 * axis + 3] + where[4 * axis + 2] * (double)k;
+    for (int m = 0; m < 9; m++)
+        l[m] = linear[m];
+    float l32[9];
+    for (int m = 0; m < 9; m++)
+        l32[m] = (float)l[m];
+    for (int64_t t = 0; t < count; t++) {
+        float x = (float)(at[0] + where[2] * (double)t);
+        float y = (float)(at[1] + where[6] * (double)t);
+        float z = (float)(at[2] + where[10] * (double)t);
+        if (!within(field, x, y, z))
+            continue;
+        float u[4];
+        value_at(field, x, y, z, u);
+        coords[0][t] += l32[0] * u[0] + l32[1] * u[1] + l32[2] * u[2];
+        coords[1][t] += l32[3] * u[0] + l32[4] * u[1] + l32[5] * u[2];
+        coords[2][t] += l32[6] * u[0] + l32[7] * u[1] + l32[8] * u[2];
+    }
+}
+
+/* Planes `start` to `stop` of a target of `shape` voxels, whose voxel (i,j,k) lies at
+ *
+ *     base * (i, j, k, 1) + linear * u(where * (i, j, k, 1))
+ *
+ * of the source (3x4, 3x3 and 3x4 matrices in rows; `field` NULL: no u). Without a source, `out` becomes these
+ * coordinates (3, shape), otherwise the values there (channels, shape); its channels lie `out_stride` apart and its
+ * first plane is plane 0 of the target. With `parts` above 1 every voxel is the mean of so many regular samples
+ * inside it along each axis; (i,j,k) then counts those.
+ */
+EXPORT void jrs_pull(const int64_t *shape, int64_t start, int64_t stop, const double *base, const float *field_data,
+                     const int64_t *field_shape, const double *where, const double *linear, const float *source_data,
+                     const int64_t *source_shape, int64_t lanes, int64_t channels, int border, float outside,
+                     const int64_t *parts, float *out, int64_t out_stride)
+{
+    volume_t field = {field_data, {1, 1, 1}, 4}, source = {source_data, {1, 1, 1}, lanes};
+    float coords[3][CHUNK], values[4];
+    float scale = 1.0f / (float)(parts[0] * parts[1] * parts[2]);
+    int64_t per_chunk = CHUNK / parts[2];
+    int single = parts[0] * parts[1] * parts[2] == 1;
+    for (int axis = 0; axis < 3; axis++) {
+        if (field_data)
+            field.shape[axis] = field_shape[axis];
+        if (source_data)
+            source.shape[axis] = source_shape[axis];
+    }
+    for (int64_t i = start; i < stop; i++)
+        for (int64_t j = 0; j < shape[1]; j++) {
+            float *row = out + (i * shape[1] + j) * shape[2];
+            for (int64_t k = 0; k < shape[2]; k += per_chunk) {
+                int64_t count = shape[2] - k < per_chunk ? shape[2] - k : per_chunk;
+                if (!source_data) {
+                    row_coords(base, &field, where, linear, (double)i, (double)j, k, count, coords);
+                    for (int axis = 0; axis < 3; axis++)
+                        for (int64_t t = 0; t < count; t++)
+                            row[axis * out_stride + k + t] = coords[axis][t];
+                    continue;
+                }
+                if (!single)
+                    for (int64_t l = 0; l < channels; l++)
+                        for (int64_t t = 0; t < count; t++)
+                            row[l * out_stride + k + t] = 0.0f;
+                for (int64_t a = 0; a < parts[0]; a++)
+                    for (int64_t b = 0; b < parts[1]; b++) {
+                        row_coords(base, &field, where, linear, (double)(i * parts[0] + a), (double)(j * parts[1] + b),
+                                   k * parts[2], count * parts[2], coords);
+                        for (int64_t t = 0; t < count * parts[2]; t++) {
+                            float x = coords[0][t], y = coords[1][t], z = coords[2][t];
+                            if (border || within(&source, x, y, z))
+                                value_at(&source, x, y, z, values);
+                            else
+                                for (int l = 0; l < 4; l++)
+                                    values[l] = outside;
+                            if (single)
+                                for (int64_t l = 0; l < channels; l++)
+                                    row[l * out_stride + k + t] = values[l];
+                            else
+                                for (int64_t l = 0; l < channels; l++)
+                                    row[l * out_stride + k + t / parts[2]] += values[l] * scale;
+                        }
+                    }
+            }
+        }
+}
+
+static inline float squared(const float *r)
+{
+    return r[0] * r[0] + r[1] * r[1] + r[2] * r[2];
+}
+
+/* u and its slopes at z + v, voxels of the field; zero outside unless `border`, where it goes on as it is. */
+static inline void field_at(const volume_t *field, int border, const float *z, const float *v, float *u,
+                            float slope[3][4])
+{
+    float q[3] = {z[0] + v[0], z[1] + v[1], z[2] + v[2]};
+    if (border || within(field, q[0], q[1], q[2])) {
+        value_and_slope(field, q[0], q[1], q[2], u, slope);
+        /* Beyond the last voxel the value stays, and slopes would mislead. */
+        for (int axis = 0; axis < 3; axis++)
+            if (q[axis] < 0.0f || q[axis] > (float)(field->shape[axis] - 1))
+                slope[axis][0] = slope[axis][1] = slope[axis][2] = 0.0f;
+        return;
+    }
+    u[0] = u[1] = u[2] = 0.0f;
+    for (int axis = 0; axis < 3; axis++)
+        slope[axis][0] = slope[axis][1] = slope[axis][2] = 0.0f;
+}
+
+/* Newton's step -(1 + du)^-1 r; where the field folds or nearly so, -r. */
+static inline void newton(float slope[3][4], const float *r, float *step)
+{
+    float a = 1.0f + slope[0][0], b = slope[1][0], c = slope[2][0];
+    float d = slope[0][1], e = 1.0f + slope[1][1], f = slope[2][1];
+    float g = slope[0][2], h = slope[1][2], i = 1.0f + slope[2][2];
+    float ca = e * i - f * h, cb = f * g - d * i, cc = d * h - e * g;
+    float det = a * ca + b * cb + c * cc;
+    if (!(det > 0.1f)) {
+        for (int axis = 0; axis < 3; axis++)
+            step[axis] = -r[axis];
+        return;
+    }
+    float s = -1.0f / det;
+    step[0] = s * (ca * r[0] + (c * h - b * i) * r[1] + (b * f - c * e) * r[2]);
+    step[1] = s * (cb * r[0] + (a * i - c * g) * r[1] + (c * d - a * f) * r[2]);
+    step[2] = s * (cc * r[0] + (b * g - a * h) * r[1] + (a * e - b * d) * r[2]);
+}
+
+/* v with v + u(z + v) = 0, from where `v` starts; returns the squared length of what is left, voxels.
+ *
+ * Newton's method on the trilinear field, each step halved until it comes nearer. In a fold the nearest that was
+ * found is kept.
+ */
+static float solved(const volume_t *field, int border, const float *z, float tolerance, int evaluations, float *v)
+{
+    float u[4], slope[3][4], r[3], step[3], tried[3], share = 1.0f;
+    field_at(field, border, z, v, u, slope);
+    for (int axis = 0; axis < 3; axis++)
+        r[axis] = v[axis] + u[axis];
+    float best = squared(r);
+    newton(slope, r, step);
+    for (int n = 1; n < evaluations && best > tolerance * tolerance && share > 0.01f; n++) {
+        for (int axis = 0; axis < 3; axis++)
+            tried[axis] = v[axis] + share * step[axis];
+        field_at(field, border, z, tried, u, slope);
+        for (int axis = 0; axis < 3; axis++)
+            r[axis] = tried[axis] + u[axis];
+        float found = squared(r);
+        if (found < best) {
+            best = found;
+            for (int axis = 0; axis < 3; axis++)
+                v[axis] = tried[axis];
+            newton(slope, r, step);
+            share = 1.0f;
+        } else {
+            share *= 0.5f;
+        }
+    }
+    return best;
+}
+
+/* The same from two starts, `v` and the field's own value, the first as a rule from a neighbour. */
+static float solved_from(const volume_t *field, int border, const float *z, float tolerance, int evaluations, float *v)
+{
+    float left = solved(field, border, z, tolerance, evaluations, v);
+    if (left <= tolerance * tolerance)
+        return left;
+    float again[3], u[4], slope[3][4], none[3] = {0.0f, 0.0f, 0.0f};
+    field_at(field, border, z, none, u, slope);
+    for (int axis = 0; axis < 3; axis++)
+        again[axis] = -u[axis];
+    float other = solved(field, border, z, tolerance, evaluations, again);
+    if (!(other < left))
+        return left;
+    for (int axis = 0; axis < 3; axis++)
+        v[axis] = again[axis];
+    return other;
+}
+
+/* Planes `start` to `stop` of a grid whose voxel (i,j,k) lies at z = where * (i,j,k,1), voxels of the field:
+ * out = base * (i,j,k,1) + linear * v with v + u(z + v) = 0. */
+EXPORT void jrs_invert(const int64_t *shape, int64_t start, int64_t stop, const float *field_data,
+                       const int64_t *field_shape, const double *where, const double *base, const double *linear,
+                       int border, float tolerance, int evaluations, float *out, int64_t out_stride)
+{
+    volume_t field = {field_data, {field_shape[0], field_shape[1], field_shape[2]}, 4};
+    float z[3], v[3], m[9];
+    for (int n = 0; n < 9; n++)
+        m[n] = (float)linear[n];
+    for (int64_t i = start; i < stop; i++)
+        for (int64_t j = 0; j < shape[1]; j++) {
+            float *row = out + (i * shape[1] + j) * shape[2];
+            v[0] = v[1] = v[2] = 0.0f;
+            for (int64_t k = 0; k < shape[2]; k++) {
+                double o[3];
+                for (int axis = 0; axis < 3; axis++) {
+                    const double *w = where + 4 * axis, *b = base + 4 * axis;
+                    z[axis] = (float)(w[0] * (double)i + w[1] * (double)j + w[2] * (double)k + w[3]);
+                    o[axis] = b[0] * (double)i + b[1] * (double)j + b[2] * (double)k + b[3];
+                }
+                float left = solved_from(&field, border, z, tolerance, evaluations, v);
+                for (int axis = 0; axis < 3; axis++)
+                    row[axis * out_stride + k] = (float)(o[axis] + (double)(m[3 * axis] * v[0] + m[3 * axis + 1] * v[1] +
+                                                                           m[3 * axis + 2] * v[2]));
+                if (left > 1.0f) /* a fold: no start for a neighbour */
+                    v[0] = v[1] = v[2] = 0.0f;
+            }
+        }
+}
+
+/* The same at n points z (3, n); v (3, n) is the start and the result, `left` (n) what remains of v + u(z + v). */
+EXPORT void jrs_invert_points(const float *field_data, const int64_t *field_shape, const float *points, int64_t stride,
+                              int64_t n, int border, float tolerance, int evaluations, float *v, float *left)
+{
+    volume_t field = {field_data, {field_shape[0], field_shape[1], field_shape[2]}, 4};
+    for (int64_t m = 0; m < n; m++) {
+        float z[3] = {points[m], points[stride + m], points[2 * stride + m]};
+        float found[3] = {v[m], v[stride + m], v[2 * stride + m]};
+        left[m] = solved_from(&field, border, z, tolerance, evaluations, found);
+        for (int axis = 0; axis < 3; axis++)
+            v[axis * stride + m] = found[axis];
+    }
+}
+
+/* Nothing to import: the functions above are called through ctypes. */
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", NULL, -1, NULL, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__kernels(void)
+{
+    return PyModule_Create(&module);
+}

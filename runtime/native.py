@@ -1,0 +1,142 @@
+"""The compiled kernels of ``kernels.c``, called through ctypes: one thread's share a call, with no lock held.
+
+They are built with the package where there is a C compiler. Without them `jrs.runtime.sampling` and
+`jrs.runtime.inversion` do the same by ONNX Runtime and NumPy, several times slower; ``JRS_KERNELS=off`` asks for that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jrs.geometry import FloatArray, Shape
+
+Array = npt.NDArray[np.float32]
+
+LANES = 4
+"""Channels that lie beside one another in an interleaved volume."""
+
+_POINTER, _I64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_ARGUMENTS = {
+    "jrs_sample": [_POINTER, _POINTER, _I64, _I64, _POINTER, _I64, _I64, _INT, _FLOAT, _POINTER, _I64],
+    "jrs_pull": [
+        *(_POINTER, _I64, _I64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
+        *(_POINTER, _POINTER, _I64, _I64, _INT, _FLOAT, _POINTER, _POINTER, _I64),
+    ],
+    "jrs_invert": [
+        *(_POINTER, _I64, _I64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
+        *(_INT, _FLOAT, _INT, _POINTER, _I64),
+    ],
+    "jrs_invert_points": [_POINTER, _POINTER, _POINTER, _I64, _I64, _INT, _FLOAT, _INT, _POINTER, _POINTER],
+}
+
+
+@lru_cache(maxsize=1)
+def _loaded() -> Any:
+    found = importlib.util.find_spec("jrs.runtime._kernels")
+    if found is None or found.origin is None:
+        return None
+    try:
+        library = ctypes.CDLL(found.origin)
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+def available() -> bool:
+    """Whether the kernels were compiled and are not turned off."""
+    return os.environ.get("JRS_KERNELS", "on") != "off" and _loaded() is not None
+
+
+def _at(array: npt.NDArray[Any] | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+def _shape(shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    return np.array(shape, dtype=np.int64)
+
+
+def _rows(matrix: FloatArray) -> FloatArray:
+    """The upper three rows of a matrix as the kernels read them."""
+    return np.ascontiguousarray(matrix[:3], dtype=np.float64)
+
+
+def sample(volume: Array, lanes: int, coords: Array, outside: float | None, out: Array) -> None:
+    """Values of ``volume`` at ``coords`` (3,n) into ``out`` (C,n); both may be slices of their last axis."""
+    shape = _shape(volume.shape[:3])
+    _loaded().jrs_sample(
+        *(_at(volume), _at(shape), lanes, out.shape[0], _at(coords), coords.strides[0] // 4, coords.shape[1]),
+        *(int(outside is None), outside or 0.0, _at(out), out.strides[0] // 4),
+    )
+
+
+def pull(
+    planes: tuple[int, int],
+    base: FloatArray,
+    warp: tuple[Array, FloatArray, FloatArray] | None,
+    source: tuple[Array, int] | None,
+    outside: float | None,
+    parts: Shape,
+    out: Array,
+) -> None:
+    """``jrs_pull`` for some planes of ``out`` (C,x,y,z).
+
+    ``warp`` is a field (X,Y,Z,4), ``where`` and ``linear``; ``source`` a volume and its lanes, None for coordinates.
+    """
+    field, where, linear = warp or (None, None, None)
+    volume, lanes = source or (None, 0)
+    keep = (
+        _shape(out.shape[1:]),
+        _rows(base),
+        None if field is None else _shape(field.shape[:3]),
+        None if where is None else _rows(where),
+        None if linear is None else _rows(linear),
+        None if volume is None else _shape(volume.shape[:3]),
+        _shape(parts),
+    )
+    shape, rows, field_shape, where_rows, linear_rows, source_shape, part_shape = keep
+    _loaded().jrs_pull(
+        *(_at(shape), *planes, _at(rows), _at(field), _at(field_shape), _at(where_rows), _at(linear_rows)),
+        *(_at(volume), _at(source_shape), lanes, out.shape[0], int(outside is None), outside or 0.0),
+        *(_at(part_shape), _at(out), out.strides[0] // 4),
+    )
+
+
+def invert(
+    planes: tuple[int, int],
+    field: Array,
+    where: FloatArray,
+    base: FloatArray,
+    linear: FloatArray,
+    border: bool,
+    tolerance: float,
+    evaluations: int,
+    out: Array,
+) -> None:
+    """``jrs_invert`` for some planes of ``out`` (3,x,y,z); ``field`` is (X,Y,Z,4) in its own voxels."""
+    shape, field_shape = _shape(out.shape[1:]), _shape(field.shape[:3])
+    where, base, linear = _rows(where), _rows(base), _rows(linear)
+    _loaded().jrs_invert(
+        *(_at(shape), *planes, _at(field), _at(field_shape), _at(where), _at(base), _at(linear)),
+        *(int(border), tolerance, evaluations, _at(out), out.strides[0] // 4),
+    )
+
+
+def invert_points(
+    field: Array, points: Array, border: bool, tolerance: float, evaluations: int, v: Array, left: Array
+) -> None:
+    """``jrs_invert_points``: ``points`` and ``v`` (3,n) may be slices of their last axis, alike in their strides."""
+    shape = _shape(field.shape[:3])
+    _loaded().jrs_invert_points(
+        *(_at(field), _at(shape), _at(points), points.strides[0] // 4, points.shape[1]),
+        *(int(border), tolerance, evaluations, _at(v), _at(left)),
+    )
