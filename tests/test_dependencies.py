@@ -48,6 +48,8 @@ _PARTS = ("models", "train", "evaluate", "runtime", "export", "cli")
 def part_of(module: str) -> str:
     """core, models, train, evaluate, runtime, export or cli."""
     names = module.split(".")
+    if names[1:] == ["__main__"]:
+        return "cli"
     return names[1] if len(names) > 1 and names[1] in _PARTS else "core"
 
 
