@@ -16,25 +16,38 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+_LAUNCHER = """
+import os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+WALL, CPU, PEAK = "whole process, wall", "whole process, CPU", "peak memory, GB"
 
-def run_once(case: str, options: list[str]) -> dict[str, float]:
+
+def run_once(case: str, options: list[str], environment: dict[str, str] | None = None) -> dict[str, float]:
     """One process: its stages, wall and CPU seconds, peak memory in GB."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-c", "from jrs.cli.main import main; main()", "infer", case, "--out", out, *options]
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - start
-        if os.waitstatus_to_exitcode(status) != 0:
+        # By way of a small process: a child's peak memory begins with that of the process it was forked from.
+        done = subprocess.run(
+            [sys.executable, "-c", _LAUNCHER, *command],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **(environment or {})},
+            check=False,
+        )
+        if done.returncode != 0:
             raise SystemExit(f"{' '.join(command)} failed; run it by hand to see why")
+        wall, cpu, largest = (float(value) for value in done.stdout.split())
         report = json.loads(next(Path(out).rglob("*_report.json")).read_text(encoding="utf-8"))
     stages = {name: value for name, value in report["timings_s"].items() if name != "total"}
-    peak = usage.ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-    cpu = usage.ru_utime + usage.ru_stime
-    return {**stages, "whole process, wall": wall, "whole process, CPU": cpu, "peak memory, GB": peak}
+    peak = largest / (1e9 if sys.platform == "darwin" else 1e6)
+    return {**stages, WALL: wall, CPU: cpu, PEAK: peak}
 
 
 def main() -> None:

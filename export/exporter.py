@@ -39,10 +39,12 @@ def export_bundle(
     shape: Shape | None = None,
     overwrite: bool = False,
     cases: Sequence[str | Path] = (),
+    spacing: tuple[float, float, float] | None = None,
 ) -> Bundle:
     """Write the bundle of a checkpoint (a file, or the folder of a run) into the folder ``out``.
 
-    ``shape`` replaces the checkpoint's grid (the network is convolutional); every side a multiple of 16.
+    ``shape`` and ``spacing`` (mm) replace those of the checkpoint's grid (the network is convolutional); every side a
+    multiple of 16. What was learnt at one spacing is worth less at another.
     A reduced ``precision`` has to keep near FP32 on the shipped brain and on every one of ``cases``.
     Raises ParityError if a graph or the precision misses its limit, CannotCreateError if ``out`` exists
     without ``overwrite``.
@@ -53,6 +55,8 @@ def export_bundle(
     spec = dataclasses.replace(loaded.spec, architecture=loaded.spec.architecture.deployed)
     if shape is not None:
         spec = dataclasses.replace(spec, grid=dataclasses.replace(spec.grid, shape=shape))
+    if spacing is not None:
+        spec = dataclasses.replace(spec, grid=dataclasses.replace(spec.grid, spacing=spacing))
     # The folder first: a refusal to overwrite must not come after minutes of tracing.
     with whole_folder(out, overwrite) as folder:
         net = loaded.network()

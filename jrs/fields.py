@@ -43,14 +43,24 @@ class DisplacementField:
         Outside the returned grid the displacement is zero, so the affine alone remains there.
         """
         a, b, c = (max(2, int(np.ceil(margin_mm / s))) for s in self.geometry.spacing)
-        padded = np.pad(self.vectors_mm, ((0, 0), (a, a), (b, b), (c, c)), mode="edge")
-        for axis, (n, more) in enumerate(zip(self.geometry.shape, (a, b, c), strict=True)):
+        windows = []
+        for n, more in zip(self.geometry.shape, (a, b, c), strict=True):
             outside = np.maximum(0, np.abs(np.arange(n + 2 * more) - more - (n - 1) / 2.0) - (n - 1) / 2.0)
             window = 0.5 * (1.0 + np.cos(np.pi * np.minimum(1.0, outside / (more - 0.5))))
-            shape = [1, 1, 1, 1]
-            shape[axis + 1] = -1
-            padded *= window.reshape(shape).astype(np.float32)
-        return DisplacementField(padded, self.geometry.padded((a, b, c)))
+            windows.append(window.astype(np.float32))
+        grid = self.geometry.padded((a, b, c))
+        padded = np.empty((3, *grid.shape), dtype=np.float32)
+
+        def fill(component: int) -> None:
+            along, across, up = windows
+            values = np.pad(self.vectors_mm[component], ((0, 0), (b, b), (c, c)), mode="edge")
+            values *= across[:, None] * up[None, :]
+            padded[component][a:-a] = values
+            padded[component][:a] = values[:1] * along[:a, None, None]
+            padded[component][-a:] = values[-1:] * along[-a:, None, None]
+
+        together([partial(fill, component) for component in range(3)])
+        return DisplacementField(padded, grid)
 
 
 def jacobian_determinant(field: DisplacementField, rows: int = 16) -> Array:

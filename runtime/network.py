@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from jrs.bundle import Bundle
 from jrs.errors import BackendError, OutOfMemoryError
+from jrs.runtime import native
 from jrs.runtime.engines import (
     Engine,
     EngineInfo,
@@ -27,7 +28,9 @@ from jrs.runtime.engines import (
     open_engine,
     why_unavailable,
 )
+from jrs.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from jrs.runtime.precision import Choice, choose_precision
+from jrs.runtime.sampling import Sampled, Warp
 
 Array = npt.NDArray[np.float32]
 Codes = Mapping[str, Value]
@@ -109,8 +112,16 @@ class Network:
         inputs = {f"moving_{name}": code for name, code in moving.items()}
         inputs |= {f"fixed_{name}": code for name, code in fixed.items()}
         flow = self._keep("registration", inputs)["flow"]
-        result = self._run("transformer", {"image": image, "flow": flow})
-        return Registered(result["moved"], result["displacement"])
+        feeds = {"image": image, "flow": flow}
+        transformer = None if on_gpu(self.backend) else self._engine("transformer")
+        if not isinstance(transformer, OnnxRuntimeEngine) or not native.available():
+            result = self._run("transformer", feeds)
+            return Registered(result["moved"], result["displacement"])
+        # The compiled sampler is several times faster than ONNX Runtime's, which shares work by channel alone.
+        displacement = transformer.only(["displacement"], feeds)["displacement"]
+        warp = Warp(Sampled(displacement[0], self.threads), np.eye(4), np.eye(3))
+        moved = Sampled(image[0], self.threads).pull(image.shape[2:], np.eye(4), warp, None)
+        return Registered(moved[None], displacement)
 
     def _run(self, name: str, inputs: Codes) -> Mapping[str, Array]:
         return hosted(self._keep(name, inputs))

@@ -162,3 +162,21 @@ def test_without_the_compiled_module_nothing_is_missed(monkeypatch: pytest.Monke
     finally:
         monkeypatch.undo()
         native._loaded.cache_clear()
+
+
+def test_the_networks_own_warp_is_the_graphs() -> None:
+    """On the CPU the moved image is sampled by the kernels, in place of the transformer's graph."""
+    from jrs.bundle import Bundle
+    from jrs.runtime.network import Network
+
+    bundle = Bundle.open(None)
+    shape = (1, len(bundle.manifest.model.channels), *bundle.manifest.model.grid.shape)
+    image, fixed = (GENERATOR(seed).normal(size=shape).astype(np.float32) for seed in (10, 11))
+    with Network(bundle, "ort-cpu") as network:
+        codes = network.encode(image), network.encode(fixed)
+        got = network.register(image, *codes)
+        with portable():
+            want = network.register(image, *codes)
+    np.testing.assert_array_equal(got.displacement, want.displacement)
+    assert np.abs(want.moved - image).max() > 0.1
+    np.testing.assert_allclose(got.moved, want.moved, atol=2e-3)

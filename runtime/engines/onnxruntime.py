@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,20 @@ class OnnxRuntimeEngine(Closing):
 
     def __call__(self, inputs: Mapping[str, Value]) -> dict[str, Array]:
         """Run once."""
+        return self.only(self._outputs, inputs)
+
+    def only(self, outputs: Sequence[str], inputs: Mapping[str, Value]) -> dict[str, Array]:
+        """Run once, as far as these outputs need."""
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        options.only_execute_path_to_fetches = True
         try:
-            results = self._native.run(None, hosted(inputs))
+            results = self._native.run(list(outputs), hosted(inputs), options)
         except Exception as error:
             if "alloc" in str(error).lower():
                 raise OutOfMemoryError(
                     f"{graph_name(self._graph)}: out of memory; close other programs or use a smaller grid"
                 ) from error
             raise BackendError(f"backend ort-cpu: {graph_name(self._graph)} failed ({first_line(error)})") from error
-        return dict(zip(self._outputs, results, strict=True))
+        return dict(zip(outputs, results, strict=True))
