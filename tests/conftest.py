@@ -257,3 +257,14 @@ def changed_bundle(tiny_bundle: Path, tmp_path: Path) -> Callable[..., Path]:
         return copy
 
     return make
+
+
+@pytest.fixture(params=["compiled", "portable"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is tested twice: with the compiled kernels, and without them."""
+    from jrs.runtime import native
+
+    if request.param == "compiled" and not native.available():
+        pytest.skip("the kernels were not compiled")
+    monkeypatch.setenv("JRS_KERNELS", "on" if request.param == "compiled" else "off")
+    return str(request.param)

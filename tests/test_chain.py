@@ -10,11 +10,12 @@ import pytest
 
 from jrs.fields import DisplacementField, jacobian_determinant
 from jrs.geometry import Geometry
-from jrs.runtime import native, sampling
+from jrs.runtime import sampling
 from jrs.runtime.chain import Chain, composed
 from jrs.runtime.inversion import InverseField
 from jrs.transforms import Affine
 
+pytestmark = pytest.mark.usefixtures("kernels")
 SHAPE = (26, 24, 22)
 
 
@@ -24,15 +25,6 @@ def bend(points: np.ndarray) -> np.ndarray:
     return np.stack(
         [5 * np.sin(0.05 * y + 0.3), 4 * np.cos(0.06 * z - 0.02 * x), 6 * np.sin(0.04 * x + 0.05 * y)], axis=-1
     )
-
-
-@pytest.fixture(autouse=True, params=["compiled", "portable"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Everything here holds with the compiled kernels and without them."""
-    if request.param == "compiled" and not native.available():
-        pytest.skip("the kernels were not compiled")
-    monkeypatch.setenv("JRS_KERNELS", "on" if request.param == "compiled" else "off")
-    return str(request.param)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from scipy import ndimage
 
 from jrs.geometry import Geometry
-from jrs.runtime import native, sampling
+from jrs.runtime import sampling
 from jrs.runtime.sampling import (
     affine_coords,
     resample_affine,
@@ -20,21 +20,13 @@ from jrs.runtime.sampling import (
     slabs,
 )
 
+pytestmark = pytest.mark.usefixtures("kernels")
 SHAPE = (9, 7, 6)
 ORIENTATIONS = [
     "".join(letters)
     for order in itertools.permutations(("RL", "AP", "SI"))
     for letters in itertools.product(*order)
 ]
-
-
-@pytest.fixture(autouse=True, params=["compiled", "portable"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Everything here holds with the compiled kernels and without them."""
-    if request.param == "compiled" and not native.available():
-        pytest.skip("the kernels were not compiled")
-    monkeypatch.setenv("JRS_KERNELS", "on" if request.param == "compiled" else "off")
-    return str(request.param)
 
 
 @pytest.fixture

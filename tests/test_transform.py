@@ -13,10 +13,11 @@ from scipy import ndimage
 from jrs.fields import DisplacementField
 from jrs.geometry import Geometry
 from jrs.itk import save_field
-from jrs.runtime import native, sampling
+from jrs.runtime import sampling
 from jrs.runtime.sampling import Sampled
 from jrs.runtime.transform import FADE_MM, Transform, to_voxel_coords
 
+pytestmark = pytest.mark.usefixtures("kernels")
 NETWORK_SHAPE = (24, 26, 22)
 LPS = np.array([-1.0, -1.0, 1.0])
 
@@ -31,15 +32,6 @@ def wave(points: np.ndarray, scale: float = 1.0) -> np.ndarray:
             1.5 + 3.5 * np.sin(0.04 * z - 0.02 * x + 1.0),
         ]
     )
-
-
-@pytest.fixture(autouse=True, params=["compiled", "portable"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Everything here holds with the compiled kernels and without them."""
-    if request.param == "compiled" and not native.available():
-        pytest.skip("the kernels were not compiled")
-    monkeypatch.setenv("JRS_KERNELS", "on" if request.param == "compiled" else "off")
-    return str(request.param)
 
 
 @pytest.fixture
