@@ -19,6 +19,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSO
     rows = [(library.name, library.version or "not installed") for library in found.libraries]
     rows = [("jrs", found.jrs), ("Python", found.python), ("system", found.system), *rows]
     rows.append(("CPU", f"{found.cpu}, {found.cores} cores"))
+    rows.append(("kernels", found.kernels))
     for device in found.devices:
         major, minor = device.capability
         rows.append(("GPU", f"{device.name}, compute capability {major}.{minor}, {device.memory / 2**30:.1f} GB"))

@@ -14,6 +14,7 @@ from jrs import __version__
 from jrs.bundle import Bundle
 from jrs.errors import JrsError
 from jrs.resources import DATA
+from jrs.runtime import native
 from jrs.runtime.engines import (
     Array,
     EngineOptions,
@@ -80,6 +81,7 @@ class Diagnosis:
     system: str
     cpu: str
     cores: int
+    kernels: str
     driver: str
     devices: tuple[Device, ...]
     no_gpu: str | None
@@ -101,6 +103,7 @@ def diagnose() -> Diagnosis:
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu=cpu_name(),
         cores=os.cpu_count() or 1,
+        kernels=native.status(),
         driver=driver_version(),
         devices=visible_devices(),
         no_gpu=None if visible_devices() else why_no_device(),

@@ -57,6 +57,13 @@ def available() -> bool:
     return os.environ.get("JRS_KERNELS", "on") != "off" and _loaded() is not None
 
 
+def status() -> str:
+    """What ``jrs doctor`` says of them."""
+    if _loaded() is None:
+        return "not compiled, resampling is slower; install a C compiler and then jrs again"
+    return "compiled" if available() else "turned off by JRS_KERNELS"
+
+
 def _at(array: npt.NDArray[Any] | None) -> int | None:
     return None if array is None else array.ctypes.data
 

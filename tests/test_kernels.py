@@ -144,8 +144,10 @@ def test_grid_and_points_have_the_same_inverse() -> None:
 
 
 def test_they_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.status() == "compiled"
     monkeypatch.setenv("JRS_KERNELS", "off")
     assert not native.available()
+    assert native.status() == "turned off by JRS_KERNELS"
 
 
 def test_without_the_compiled_module_nothing_is_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -156,7 +158,7 @@ def test_without_the_compiled_module_nothing_is_missed(monkeypatch: pytest.Monke
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: spec)
     native._loaded.cache_clear()
     try:
-        assert not native.available()
+        assert not native.available() and "install a C compiler" in native.status()
         data = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
         np.testing.assert_allclose(sample(data, np.indices((2, 3, 4)).astype(np.float32)), data, atol=1e-4)
     finally:
