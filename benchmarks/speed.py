@@ -41,6 +41,7 @@ from jrs.writing import save_nifti
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = (144, 208, 144)
+PEERS = {"SimpleITK affine + demons": "", "greedy affine + deformable": "greedy", "ANTs affine + SyN": "ants"}
 GRAPHS = ("encoder", "segmentation", "registration")
 SIMPLEITK = """
 import sys, SimpleITK as sitk
@@ -140,8 +141,8 @@ def _graph_seconds(bundle: Bundle, image: Any, runs: int) -> dict[str, float]:
     return seconds
 
 
-def peer_rows(case: str, python: str, work: Path) -> dict[str, float]:
-    """Seconds of each other program, one whole process each, on the case's T1 and the atlas."""
+def peer_s(name: str, case: str, python: str, work: Path) -> float:
+    """Seconds of another program, one whole process, on the case's T1 and the atlas."""
     images = load_case(case).images
     moving = images.get("t1") or next(iter(images.values()))
     fixed = next(iter(load_case(atlas_path("sri24")).images.values()))
@@ -149,18 +150,17 @@ def peer_rows(case: str, python: str, work: Path) -> dict[str, float]:
         save_nifti(work / f"{role}.nii", volume.data.astype(np.float32), volume.geometry)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", None)
-    commands = {
-        "SimpleITK affine + demons": ["-c", SIMPLEITK, str(work)],
-        "greedy affine + deformable": ["-m", "jrs.evaluate.peers", "greedy", str(work), "0"],
-        "ANTs affine + SyN": ["-m", "jrs.evaluate.peers", "ants", str(work), "0"],
-    }
-    rows = {}
-    for name, arguments in commands.items():
-        print(name, file=sys.stderr)
-        start = time.perf_counter()
-        subprocess.run([python, *arguments], env=environment, check=True, stdout=subprocess.DEVNULL, cwd=work)
-        rows[name] = time.perf_counter() - start
-    return rows
+    program = PEERS[name]
+    arguments = ["-m", "jrs.evaluate.peers", program, str(work), "0"] if program else ["-c", SIMPLEITK, str(work)]
+    print(name, file=sys.stderr)
+    start = time.perf_counter()
+    subprocess.run([python, *arguments], env=environment, check=True, stdout=subprocess.DEVNULL, cwd=work)
+    return time.perf_counter() - start
+
+
+def _keep(found: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -230,10 +230,13 @@ def main() -> None:
         found["infer"] = infer_rows(given.case, {"default": None, "1 mm": bundle.folder}, given.runs, work)
         found["network"], seconds = network_rows(bundle, given.runs)
         found["roofline"] = roofline({name: bundle.graph(name) for name in GRAPHS}, seconds, limits)
-        found["peers"] = {} if given.no_peers else peer_rows(given.case, given.peer_python, work)
+        found["peers"] = {}
+        # After each of the slow ones, so that a run that is cut off is not lost.
+        for name in () if given.no_peers else PEERS:
+            _keep(found, given.json)
+            found["peers"][name] = peer_s(name, given.case, given.peer_python, work)
+    _keep(found, given.json)
     print(report(found))
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if given.plot:
         plot(found, given.plot)
 
