@@ -116,6 +116,8 @@ def _training_record(checkpoint: Checkpoint) -> dict[str, object]:
     config.pop("model", None)
     progress = training.pop("progress", {})
     record: dict[str, object] = dict(training)
+    if "record" in record:  # where the data lay on the machine that trained is nobody else's business
+        record["record"] = {key: value for key, value in training["record"].items() if key != "options"}
     if config:
         record["config"] = config
     if progress:

@@ -825,3 +825,14 @@ def test_a_cumulative_sum_would_be_seen() -> None:
     network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     assert trt.OnnxParser(network, logger).parse(model.SerializeToString())
     assert trt.LayerType.CUMULATIVE in [network.get_layer(i).type for i in range(network.num_layers)]
+
+
+def test_a_bundle_does_not_say_where_the_training_data_lay() -> None:
+    from jrs.bundle import Bundle
+    from jrs.export.exporter import _training_record
+    from jrs.models.checkpoint import Checkpoint
+
+    spec = Bundle.open(None).manifest.model
+    record = {"options": {"synthetic": "/home/someone/labels"}, "data": {"training": "16 images, 6ed2"}}
+    kept = _training_record(Checkpoint(spec, {}, {"record": record, "progress": {"step": 5, "validation": 0.4}}))
+    assert kept == {"record": {"data": {"training": "16 images, 6ed2"}}, "steps": 5, "validation": 0.4}
