@@ -26,7 +26,8 @@ class Architecture:
     Attributes:
         in_channels: modalities of one image.
         num_labels: classes of the segmentation, background included; 0 builds no segmentation decoder.
-        base_channels: features of the first level, doubling at each of the five.
+        base_channels: features of the first level, doubling at each of the five (the paper).
+        level_channels: features of each of the five levels where they do not double; empty where they do.
         registration: whether there is a registration decoder.
         merge: how the two images' codes meet: ``moving - fixed``, ``[moving, fixed]`` or ``moving + fixed``.
         head: what the registration decoder's three channels mean; see ``jrs.models.spatial``.
@@ -49,6 +50,7 @@ class Architecture:
     grid_origin: int = 0
     mask: Mask = "warped"
     deep_supervision: int = 0
+    level_channels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, choices in (("merge", Merge), ("head", Head), ("norm", Norm), ("mask", Mask)):
@@ -58,6 +60,15 @@ class Architecture:
                 )
         if self.in_channels < 1 or self.base_channels < 1:
             raise ConfigurationError("in_channels and base_channels must be at least 1")
+        if self.level_channels and (
+            len(self.level_channels) != LEVELS
+            or min(self.level_channels) < 1
+            or self.level_channels[0] != self.base_channels
+        ):
+            raise ConfigurationError(
+                f"level_channels {self.level_channels}: must be {LEVELS} numbers of which the first is base_channels "
+                f"({self.base_channels}), or none"
+            )
         if self.num_labels == 1 or self.num_labels < 0:
             raise ConfigurationError("num_labels counts the background: 0 (no segmentation) or at least 2")
         if not self.segmentation and not self.registration:
@@ -80,4 +91,4 @@ class Architecture:
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of the five levels."""
-        return tuple(self.base_channels * 2**level for level in range(LEVELS))
+        return self.level_channels or tuple(self.base_channels * 2**level for level in range(LEVELS))

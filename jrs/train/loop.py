@@ -22,6 +22,7 @@ from jrs.errors import ConfigurationError, JrsError
 from jrs.models.checkpoint import Checkpoint, load_checkpoint
 from jrs.models.network import JointNet
 from jrs.models.spatial import identity_coords
+from jrs.models.widening import can_widen, widen
 from jrs.schema import decode, encode
 from jrs.train.augment import augment
 from jrs.train.batch import PairBatch, PairSource
@@ -128,11 +129,13 @@ class Trainer:
         self._log: RunLog | None = None
 
     def start_from(self, path: Path) -> None:
-        """Take the weights of another checkpoint of the same architecture."""
+        """Take the weights of another checkpoint of the same architecture, or of a narrower one, which are widened."""
         checkpoint = load_checkpoint(path)
-        if checkpoint.spec.architecture.deployed != self.config.model.architecture.deployed:
+        theirs, ours = checkpoint.spec.architecture.deployed, self.config.model.architecture.deployed
+        if not can_widen(theirs, ours):
             raise ConfigurationError(f"{path}: has another architecture than this run; drop --init or change the model")
-        self.state.load_weights(checkpoint.weights)
+        weights = checkpoint.weights if theirs == ours else widen(checkpoint.weights, theirs, ours, self.config.seed)
+        self.state.load_weights(weights)
 
     def resume(self, say: Callable[[str], None] = lambda text: None) -> None:
         """Continue after the last checkpoint of the folder, with the same numbers as if never stopped.
