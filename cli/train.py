@@ -72,7 +72,10 @@ def train(
     ] = None,
     nodes: Annotated[int | None, typer.Option("--nodes", help="Machines, likewise.")] = None,
     strategy: Annotated[str | None, typer.Option("--strategy", help="auto, ddp or fsdp.")] = None,
-    workers: Annotated[int | None, typer.Option("--workers", help="Threads a device that prepare batches.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", help="Threads a device that prepare batches; on a GPU, processes that draw images."),
+    ] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads of the network.")] = None,
     memory_check: Annotated[
         bool, typer.Option("--memory-check/--no-memory-check", help="Refuse at once what will not fit into memory.")

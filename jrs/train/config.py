@@ -117,7 +117,7 @@ class HardwareConfig:
         nodes: machines; 0: as torchrun or Slurm started them, else 1.
         strategy: ``ddp``: every process keeps the network; ``fsdp``: each keeps a part of it; ``auto``: ddp where
             there are several processes.
-        workers: threads that prepare batches, in each process.
+        workers: threads that prepare batches, in each process; on a GPU, processes that draw synthetic images there.
         prefetch: batches prepared ahead, in each process.
     """
 

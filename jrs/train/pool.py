@@ -32,7 +32,7 @@ def for_each(
             done(results[-1])
         return results
     # Spawned, not forked: libraries that keep threads (onnxruntime, ITK) do not survive a fork.
-    pool = ProcessPoolExecutor(min(workers, len(items)), multiprocessing.get_context("spawn"), _start_worker)
+    pool = ProcessPoolExecutor(min(workers, len(items)), multiprocessing.get_context("spawn"), start_worker)
     try:
         futures = [pool.submit(function, item) for item in items]
         for future in as_completed(futures):
@@ -44,8 +44,8 @@ def for_each(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker() -> None:
-    # Ctrl-C is the parent's to handle.
+def start_worker() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -20,6 +20,7 @@ from jrs.train.config import TrainConfig
 from jrs.train.configfile import load_config, to_toml
 
 if TYPE_CHECKING:
+    import torch
     from lightning_fabric import Fabric
 
     from jrs.train.devices import Peers
@@ -94,6 +95,7 @@ def train_run(request: TrainRequest) -> None:
 
     from jrs.train.devices import Peers, make_fabric
     from jrs.train.memory import check_memory
+    from jrs.train.workers import WorkerPairs
 
     if request.threads:
         torch.set_num_threads(request.threads)
@@ -104,8 +106,12 @@ def train_run(request: TrainRequest) -> None:
     peers = Peers(fabric)
     if request.memory_check:
         _together(peers, lambda: check_memory(config, fabric.device, peers.count))
-    train, validation = _in_turn(peers, lambda: _sources(request, config))
-    _train(request, config, fabric, train, validation)
+    train, validation = _in_turn(peers, lambda: _sources(request, config, fabric.device))
+    try:
+        _train(request, config, fabric, train, validation)
+    finally:
+        if isinstance(train, WorkerPairs):
+            train.close()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -215,10 +221,11 @@ def _identity(source: PairSource) -> str:
     return f"{count}, {hashlib.sha256(names.encode()).hexdigest()[:16]}"
 
 
-def _sources(request: TrainRequest, config: TrainConfig) -> tuple[PairSource, PairSource]:
+def _sources(request: TrainRequest, config: TrainConfig, device: torch.device) -> tuple[PairSource, PairSource]:
     if request.synthetic is not None:
         from jrs.train.labelmaps import find_label_maps, prepare_label_maps
         from jrs.train.synth import SyntheticPairs
+        from jrs.train.workers import WorkerPairs
 
         atlas = read_volume(atlas_path(request.atlas or "sri24"))
 
@@ -239,8 +246,10 @@ def _sources(request: TrainRequest, config: TrainConfig) -> tuple[PairSource, Pa
             chosen, rest = split_indices(len(maps.names), config)
             maps, held_out = maps.subset(rest), maps.subset(chosen)
         seed = config.seed
+        drawn = SyntheticPairs(maps, config.model, config.synthesis, seed)
         return (
-            SyntheticPairs(maps, config.model, config.synthesis, seed),
+            WorkerPairs(drawn, device, config.hardware.workers) if device.type == "cuda" else drawn,
+            # Drawn on the CPU, so that they are the same pairs on every machine.
             SyntheticPairs(held_out, config.model, config.synthesis, seed + 500_009),
         )
     from jrs.train.cases import real_pairs

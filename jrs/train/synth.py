@@ -10,6 +10,7 @@ Images drawn at random from label maps teach a network to read real ones: SynthM
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -65,6 +66,12 @@ class SyntheticPairs:
         self._mirror = _mirror_table().to(self.device)
         # The array axis that runs from left to right.
         self._lateral = next(axis for axis, code in enumerate(model.grid.orientation) if code in "LR")
+
+    def on(self, device: torch.device) -> SyntheticPairs:
+        """The same source drawing on another device; its random fields, and so its images, are others there."""
+        moved = copy.copy(self)
+        moved.device, moved.codes, moved._mirror = device, self.codes.to(device), self._mirror.to(device)
+        return moved
 
     def __len__(self) -> int:
         """Number of label maps."""
