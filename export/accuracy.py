@@ -64,7 +64,7 @@ def check_accuracy(
     """
     limits = LIMITS[precision]
     moving, fixed = parity_images(spec)
-    grid = place_grid(spec.grid, read_volume(atlas_path("sri24")))
+    grid = place_grid(spec.grid, read_volume(atlas_path("sri24")))[0]
     pairs = [_Pair("sri24", moving.numpy(), fixed.numpy(), grid), *(_real_pair(case, spec) for case in cases)]
     sessions = {name: GraphSession(model) for name, model in graphs.items()}
     return {pair.name: _compare(pair, _by_torch(net, pair), _by_graphs(sessions, pair), limits) for pair in pairs}
@@ -73,7 +73,7 @@ def check_accuracy(
 def _real_pair(case: str | Path, spec: ModelSpec) -> _Pair:
     atlas = read_volume(atlas_path("sri24"))
     loaded = load_case(case, default_channels=spec.channels)
-    grid = place_grid(spec.grid, atlas)
+    grid = place_grid(spec.grid, atlas)[0]
     images = loaded.images
     affine = register_affine(images.get("t1", next(iter(images.values()))), atlas).matrix
     fixed = network_input({"t1" if "t1" in spec.channels else spec.channels[0]: atlas}, spec, grid)

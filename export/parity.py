@@ -36,7 +36,7 @@ _LIMITS: dict[str, tuple[str, str, dict[Precision, float]]] = {
 def parity_images(spec: ModelSpec) -> tuple[Tensor, Tensor]:
     """A moving and a fixed image (1,C,X,Y,Z): the SRI24 brain, its contrast changed a channel, shifted and squeezed."""
     atlas = read_volume(atlas_path("sri24"))
-    grid = place_grid(spec.grid, atlas)
+    grid = place_grid(spec.grid, atlas)[0]
     top = float(np.percentile(atlas.data, 99.5))
     channels = {}
     for index, name in enumerate(spec.channels):

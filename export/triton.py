@@ -71,7 +71,7 @@ def export_triton(bundle: Bundle, repository: str | Path, atlas: str = "sri24", 
 def _fixed_codes(bundle: Bundle, atlas: Path) -> tuple[dict[str, Array], Geometry]:
     spec = bundle.manifest.model
     case = load_case(atlas, default_channels=spec.channels)
-    grid = place_grid(spec.grid, next(iter(case.images.values())))
+    grid, _ = place_grid(spec.grid, next(iter(case.images.values())))
     image = network_input(case.images, spec, grid, whose=f"the atlas {atlas}").tensor
     with Network(bundle, "ort-cpu") as network:
         return hosted(network.encode(image)), grid
@@ -127,9 +127,7 @@ def _write_ensemble(folder: Path, models: Mapping[str, onnx.ModelProto], with_at
     codes = code_names()
     steps = [_Step(PREFIX + "encoder", {"image": "image"}, {name: name for name in codes})]
     if PREFIX + "segmentation" in models:
-        steps.append(
-            _Step(PREFIX + "segmentation", {name: name for name in codes}, {"probabilities": "probabilities"})
-        )
+        steps.append(_Step(PREFIX + "segmentation", {name: name for name in codes}, {"probabilities": "probabilities"}))
     if with_atlas is not None:
         moving = {f"moving_{name}": name for name in codes}
         steps.append(_Step(with_atlas, moving, {"flow": "flow"}))

@@ -7,6 +7,7 @@ from typing import Literal
 
 from jrs.architecture import STRIDE, Architecture
 from jrs.errors import ConfigurationError
+from jrs.resources import ATLASES
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 """The modalities that jrs knows, in its own channel order."""
@@ -16,14 +17,21 @@ Normalization = Literal["zscore-foreground", "zscore-volume"]
 
 @dataclass(frozen=True)
 class GridSpec:
-    """The network's own grid, along the world's axes, placed on the fixed image's brain.
+    """The network's own grid and where it lies on a fixed image.
 
-    ``shape`` in voxels, ``spacing`` in mm, ``orientation`` the anatomical directions of the array axes.
+    Attributes:
+        shape: in voxels.
+        spacing: in mm.
+        orientation: anatomical directions of the array axes.
+        frame: the shipped atlas in whose space the network was trained: the grid lies on that atlas along the
+            world's axes, and on any other fixed image where the affine alignment with the atlas takes it. Empty: along
+            the world's axes on any image's brain.
     """
 
     shape: tuple[int, int, int] = (96, 112, 96)
     spacing: tuple[float, float, float] = (2.0, 2.0, 2.0)
     orientation: str = "RAS"
+    frame: str = ""
 
     def __post_init__(self) -> None:
         if any(n <= 0 or n % STRIDE for n in self.shape):
@@ -32,6 +40,8 @@ class GridSpec:
             raise ConfigurationError(f"grid spacing {self.spacing}: must lie between 0.1 and 20 mm")
         if sorted(self.orientation.translate(str.maketrans("LPI", "RAS"))) != sorted("RAS"):
             raise ConfigurationError(f"grid orientation {self.orientation!r}: must be like RAS or LPS")
+        if self.frame and self.frame not in ATLASES:
+            raise ConfigurationError(f"grid frame {self.frame!r}: must be empty or one of {', '.join(ATLASES)}")
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ from jrs.errors import MissingInputError
 
 DATA = Path(str(resources.files("jrs"))) / "data"
 DEFAULT_BUNDLE = "default"
+ATLASES = {"sri24": "sri24_t1"}
+"""The atlases that ship with jrs: name and file."""
 
 
 def atlas_path(name: str | Path) -> Path:
     """The file of an atlas that ships with jrs (``sri24``), or the path itself."""
-    return _find(name, DATA / "atlases", ".nii.gz", "atlas", {"sri24": "sri24_t1"})
+    return _find(name, DATA / "atlases", ".nii.gz", "atlas", ATLASES)
 
 
 def config_path(name: str | Path) -> Path:

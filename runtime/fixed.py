@@ -39,7 +39,7 @@ _SAMPLED = ("jrs.geometry", "jrs.volume", "jrs.runtime.sampling", "jrs.runtime.n
 _ENGINES = ("jrs.runtime.engines.base", "jrs.runtime.engines.openvino", "jrs.runtime.engines.onnxruntime")
 # The sources of what makes an entry of each kind.
 _CODE = {
-    "input": (*_SAMPLED, "jrs.runtime.preprocess"),
+    "input": (*_SAMPLED, "jrs.runtime.preprocess", "jrs.runtime.affine_search"),
     "codes": (*_SAMPLED, "jrs.runtime.preprocess", *_ENGINES),
     "affine": (*_SAMPLED, "jrs.runtime.affine_search"),
     "pyramid": (*_SAMPLED, "jrs.runtime.refine"),
@@ -99,6 +99,7 @@ class FixedImage:
     codes: Codes
     healthy: bool
     shelf: Shelf
+    notes: tuple[str, ...] = ()
     tumors: Tumors | None = None
     pyramids: dict[Any, Pyramid] = field(default_factory=dict)
     blocks: dict[str, Block] = field(default_factory=dict)
@@ -152,30 +153,30 @@ class FixedImages:
                 case = load_case(path, default_channels=spec.channels)
             with stage("encode_atlas"):
                 shelf = Shelf(self.store, case, self.threads)
-                inputs = self._input(shelf, spec, f"the atlas {path}")
+                inputs, notes = self._input(shelf, spec, f"the atlas {path}")
                 codes = self._codes(shelf, spec, inputs)
             healthy = path.parent == DATA / "atlases"
-            self._known[key] = FixedImage(label, case, inputs.grid, inputs, codes, healthy, shelf)
+            self._known[key] = FixedImage(label, case, inputs.grid, inputs, codes, healthy, shelf, notes)
         return self._known[key]
 
     def clear(self) -> None:
         """Forget those in memory."""
         self._known.clear()
 
-    def _input(self, shelf: Shelf, spec: ModelSpec, whose: str) -> NetworkInput:
+    def _input(self, shelf: Shelf, spec: ModelSpec, whose: str) -> tuple[NetworkInput, tuple[str, ...]]:
         images = shelf.case.images
 
         def make() -> Entry:
-            grid = place_grid(spec.grid, next(iter(images.values())))
+            grid, note = place_grid(spec.grid, next(iter(images.values())), self.threads)
             made = network_input(images, spec, grid, threads=self.threads, whose=whose)
-            return Entry({"present": made.tensor[0, list(made.present)]}, _described(grid))
+            return Entry({"present": made.tensor[0, list(made.present)]}, {"grid": _described(grid), "note": note})
 
         found = shelf.entry("input", shelf.input_key(spec), make)
         present = tuple(channel in images for channel in spec.channels)
-        grid = _grid(found.value)
+        grid, note = _grid(found.value["grid"]), found.value["note"]
         tensor = np.zeros((1, len(spec.channels), *grid.shape), dtype=np.float32)
         tensor[0, list(present)] = found.arrays["present"]
-        return NetworkInput(tensor, present, grid)
+        return NetworkInput(tensor, present, grid), () if note is None else (note,)
 
     def _codes(self, shelf: Shelf, spec: ModelSpec, inputs: NetworkInput) -> Codes:
         network = self.network
@@ -186,6 +187,7 @@ class FixedImages:
             "codes",
             (),
             input=digest(shelf.input_key(spec)),
+            grid=_described(inputs.grid),
             bundle=network.bundle.sha256,
             backend=network.backend,
             precision=network.choice.precision,

@@ -162,7 +162,7 @@ class Pipeline:
             there = [names.report_json, names.field]
             refuse_existing(names.folder(options.keep_clear_of), there, overwrite=False)
         fixed = self._fixed.get(path, label, clock.stage)
-        warnings = _notes(moving, spec.channels)
+        warnings = [*fixed.notes, *_notes(moving, spec.channels)]
         with clock.stage("affine"):
             affine, quality, doubts = self._affine(moving, fixed, options.affine)
             warnings += doubts
@@ -175,6 +175,7 @@ class Pipeline:
             with clock.stage("segmentation"):
                 probabilities = self.network.segment(codes)
         found = self._deformation(moving, fixed, inputs, codes, probabilities, affine, options.refine, clock)
+        del codes
         warnings += [*self.network.notes, *found.notes]
         transform = Transform(affine, found.displacement, self.threads)
         target = next(iter(fixed.case.images.values()))

@@ -164,7 +164,7 @@ def _outcome(
 def reference_pair(spec: ModelSpec, threads: int | None = None) -> tuple[Array, Array, Geometry]:
     """Network inputs (1,C,X,Y,Z) of a brain with a tumour and of SRI24, all channels filled, and their grid."""
     atlas = read_volume(atlas_path("sri24"))
-    grid = place_grid(spec.grid, atlas)
+    grid = place_grid(spec.grid, atlas)[0]
     images = []
     for affine, tumor in ((_moved_affine(), True), (np.eye(4), False)):
         t1 = resample_affine(atlas.data[None], atlas.geometry, grid, affine, threads=threads)[0]

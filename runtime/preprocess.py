@@ -11,7 +11,9 @@ import numpy.typing as npt
 from jrs.errors import BadDataError, UsageError
 from jrs.geometry import FloatArray, Geometry
 from jrs.manifest import GridSpec, ModelSpec, Normalization
-from jrs.runtime.affine import foreground_box
+from jrs.reading import read_volume
+from jrs.resources import atlas_path
+from jrs.runtime.affine import foreground_box, register_affine
 from jrs.runtime.sampling import resample_affine
 from jrs.volume import Volume, foreground_mask
 
@@ -33,9 +35,33 @@ class NetworkInput:
     grid: Geometry
 
 
-def place_grid(spec: GridSpec, fixed: Volume) -> Geometry:
-    """The network's grid in the world: along RAS axes, its middle on the middle of the fixed image's brain."""
-    lower, upper = foreground_box(fixed)
+def place_grid(spec: GridSpec, fixed: Volume, threads: int | None = None) -> tuple[Geometry, str | None]:
+    """The network's grid in the world of a fixed image, and one line if it does not lie where it should.
+
+    On the atlas that is the network's frame, and on any image where there is none: along the world's axes, its middle
+    on the middle of the brain. Elsewhere that grid taken along by the affine alignment with the atlas, so the network
+    sees every fixed image in the pose and the size that it was trained on.
+    """
+    if not spec.frame:
+        return _upright(spec, fixed), None
+    atlas = read_volume(atlas_path(spec.frame))
+    if fixed.geometry == atlas.geometry and np.array_equal(fixed.data, atlas.data):
+        return _upright(spec, fixed), None
+    try:
+        found = register_affine(fixed, atlas, threads=threads)
+    except BadDataError:
+        found = None
+    if found is None or found.warning is not None:
+        return _upright(spec, fixed), (
+            f"the fixed image does not align well with {spec.frame}, in whose space the network was trained: "
+            "look at the moved image and the labels"
+        )
+    grid = _upright(spec, atlas)
+    return Geometry(grid.shape, found.matrix @ grid.affine), None
+
+
+def _upright(spec: GridSpec, image: Volume) -> Geometry:
+    lower, upper = foreground_box(image)
     return Geometry.aligned(spec.shape, spec.spacing, (lower + upper) / 2.0, spec.orientation)
 
 

@@ -79,7 +79,7 @@ def _feeds(bundle: Bundle) -> dict[str, dict[str, Array]]:
     """Inputs of each graph, by ort-cpu."""
     spec = bundle.manifest.model
     atlas = read_volume(atlas_path("sri24"))
-    grid = place_grid(spec.grid, atlas)
+    grid = place_grid(spec.grid, atlas)[0]
     images = {}
     for index, channel in enumerate(spec.channels):
         curve = np.sqrt(np.clip(atlas.data, 0, None)) if index % 2 else atlas.data

@@ -94,7 +94,7 @@ def test_a_cached_case_is_the_case_as_deployment_prepares_it(cohort: Cohort) -> 
     assert not report.index.failed and report.reused == 0
     cache = Cache.open(cohort.cache)
     atlas = read_volume(cohort.atlas)
-    grid = place_grid(spec().grid, atlas)
+    grid = place_grid(spec().grid, atlas)[0]
     for k, case in enumerate(cohort.cases()):
         stored = cache.load(case.name)
         volumes = {m: read_volume(cohort.path(k, m)) for m in ("t1", "flair")}
@@ -118,7 +118,7 @@ def test_structures_and_missing_labels(cohort: Cohort, helpers: Any) -> None:
     cohort.build()
     stored = Cache.open(cohort.cache).load("BraTS2021_00000")
     assert stored.tumor is None and stored.present == (True, False) and not stored.image[1].any()
-    grid = place_grid(spec().grid, read_volume(cohort.atlas))
+    grid = place_grid(spec().grid, read_volume(cohort.atlas))[0]
     white = helpers.head(helpers.world_points(grid.affine, grid.shape)) > 50
     assert stored.structures is not None and set(np.unique(stored.structures).tolist()) == {0, 1}
     assert ((stored.structures == 1) == white).mean() > 0.95
@@ -133,7 +133,7 @@ def test_a_case_off_the_atlas_grid_is_aligned_unless_told_otherwise(cohort: Coho
     cohort.path(0, "seg").unlink()
     helpers.write_image(cohort.path(0, "t1"), helpers.head(points).astype(np.float32), affine)
     still = read_volume(cohort.atlas)
-    grid = place_grid(spec().grid, still)
+    grid = place_grid(spec().grid, still)[0]
     wanted = network_input({"t1": still}, spec(), grid).tensor[0, 0]
 
     def likeness(align: Any) -> tuple[float, Any]:
@@ -425,7 +425,6 @@ def test_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     pytest.fail("workers were left")
-
 
 
 def test_a_worker_that_the_system_kills(tmp_path: Path) -> None:

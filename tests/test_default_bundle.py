@@ -30,7 +30,7 @@ def images() -> tuple[NetworkInput, NetworkInput, Geometry, np.ndarray]:
     atlas = read_volume(atlas_path("sri24"))
     case = load_case(EXAMPLE)
     affine = register_affine(case.images["t1"], atlas).matrix
-    grid = place_grid(spec.grid, atlas)
+    grid = place_grid(spec.grid, atlas)[0]
     return network_input(case.images, spec, grid, affine), network_input({"t1": atlas}, spec, grid), grid, affine
 
 

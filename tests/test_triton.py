@@ -84,7 +84,7 @@ def test_the_ensemble_computes_what_the_network_computes(repository: Path, tiny_
     bundle = Bundle.open(tiny_bundle)
     spec = bundle.manifest.model
     atlas = read_volume(atlas_path("sri24"))
-    fixed = network_input({"t1": atlas}, spec, place_grid(spec.grid, atlas)).tensor
+    fixed = network_input({"t1": atlas}, spec, place_grid(spec.grid, atlas)[0]).tensor
     moving = np.random.default_rng(0).normal(size=fixed.shape).astype(np.float32)
     got = run_ensemble(repository, moving)
     with Network(bundle, "ort-cpu", threads=1) as network:

@@ -140,7 +140,7 @@ def _check_space(folder: Path, count: int, spec: CacheSpec) -> None:
 @lru_cache(maxsize=1)
 def _atlas(path: Path, model: ModelSpec) -> tuple[Volume, Geometry]:
     atlas = read_volume(path)
-    return atlas, place_grid(model.grid, atlas)
+    return atlas, place_grid(model.grid, atlas)[0]
 
 
 def _prepare(job: _Job) -> CaseOutcome:

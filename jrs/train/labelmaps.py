@@ -74,7 +74,7 @@ def prepare_label_maps(
     Raises BadDataError if a file holds no FreeSurfer label of the brain.
     """
     structures, classes = [], []
-    placed = place_grid(grid, atlas).refined((oversampling, oversampling, oversampling))
+    placed = place_grid(grid, atlas)[0].refined((oversampling, oversampling, oversampling))
     settings = json.dumps(["drawn classes", DRAWN_CLASSES, placed.shape]) + placed.affine.tobytes().hex()
     for path in files:
         key = hashlib.sha256((sha256_of(path) + settings).encode()).hexdigest()[:24]
