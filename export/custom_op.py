@@ -139,6 +139,8 @@ def probe_models() -> dict[str, onnx.ModelProto]:
     models = {}
     for graph in (convolution, sampler):
         opsets = [helper.make_opsetid("", OPSET)]
-        models[graph.name] = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="jrs")
+        models[graph.name] = helper.make_model(
+            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="jrs"
+        )
     add_function(models["sampler"])
     return models

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from jrs.geometry import FloatArray, Geometry
+from jrs.geometry import FloatArray, Geometry, Shape
 from jrs.parallel import together
 
 Array = npt.NDArray[np.float32]
@@ -42,12 +42,7 @@ class DisplacementField:
 
         Outside the returned grid the displacement is zero, so the affine alone remains there.
         """
-        a, b, c = (max(2, int(np.ceil(margin_mm / s))) for s in self.geometry.spacing)
-        windows = []
-        for n, more in zip(self.geometry.shape, (a, b, c), strict=True):
-            outside = np.maximum(0, np.abs(np.arange(n + 2 * more) - more - (n - 1) / 2.0) - (n - 1) / 2.0)
-            window = 0.5 * (1.0 + np.cos(np.pi * np.minimum(1.0, outside / (more - 0.5))))
-            windows.append(window.astype(np.float32))
+        (a, b, c), windows = fade_windows(self.geometry, margin_mm)
         grid = self.geometry.padded((a, b, c))
         padded = np.empty((3, *grid.shape), dtype=np.float32)
 
@@ -61,6 +56,17 @@ class DisplacementField:
 
         together([partial(fill, component) for component in range(3)])
         return DisplacementField(padded, grid)
+
+
+def fade_windows(grid: Geometry, margin_mm: float) -> tuple[Shape, list[Array]]:
+    """By how many voxels to continue a field each way, and its factors along each axis: 1 on ``grid``, 0 at the end."""
+    a, b, c = (max(2, int(np.ceil(margin_mm / s))) for s in grid.spacing)
+    windows = []
+    for n, more in zip(grid.shape, (a, b, c), strict=True):
+        outside = np.maximum(0, np.abs(np.arange(n + 2 * more) - more - (n - 1) / 2.0) - (n - 1) / 2.0)
+        window = 0.5 * (1.0 + np.cos(np.pi * np.minimum(1.0, outside / (more - 0.5))))
+        windows.append(window.astype(np.float32))
+    return (a, b, c), windows
 
 
 def jacobian_determinant(field: DisplacementField, rows: int = 16) -> Array:

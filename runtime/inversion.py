@@ -16,8 +16,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from jrs.fields import DisplacementField
-from jrs.geometry import FloatArray, Geometry, Shape
+from jrs.fields import DisplacementField, fade_windows
+from jrs.geometry import FloatArray, Shape
 from jrs.runtime import native
 from jrs.runtime.sampling import Sampled, affine_coords, in_threads, slabs
 
@@ -86,7 +86,7 @@ class InverseField:
         rest = affine_coords(grid.shape, (np.eye(4) - self._affine) @ grid.affine)
         rest += self.field.vectors_mm
         back = np.asarray(np.linalg.inv(self._affine[:3, :3]), dtype=np.float64)
-        return VoxelField(back, rest, grid, self.threads)
+        return VoxelField(DisplacementField(rest, grid), back, self.threads)
 
     def solve(self, points: Array) -> Array:
         """x for points y (3, ...), RAS mm float32; adds to ``residual``."""
@@ -103,14 +103,43 @@ class InverseField:
 
 
 class VoxelField:
-    """u on ``grid`` in voxels of that grid, to be inverted: ``linear`` @ ``vectors_mm`` (3,X,Y,Z), RAS mm."""
+    """A field laid out once to be sampled and inverted: u = ``linear`` @ its vectors, in voxels of ``grid``.
 
-    def __init__(self, linear: FloatArray, vectors_mm: Array, grid: Geometry, threads: int | None = None) -> None:
-        to_voxels = (grid.inverse[:3, :3] @ linear).astype(np.float32)
-        self._sampled = Sampled((to_voxels @ vectors_mm.reshape(3, -1)).reshape(vectors_mm.shape), threads)
-        self.grid, self.threads = grid, threads
+    With ``fade_mm`` it goes on beyond the field's own grid and falls to zero within that distance, ``grid`` being
+    larger by as much; else it ends with it.
+    """
+
+    def __init__(
+        self,
+        field: DisplacementField,
+        linear: FloatArray | None = None,
+        threads: int | None = None,
+        fade_mm: float | None = None,
+    ) -> None:
+        own = field.geometry
+        to_voxels = own.inverse[:3, :3] @ (np.eye(3) if linear is None else linear)
+        self.threads = threads
+        if native.available():
+            ends: Shape = (0, 0, 0)
+            windows = [np.ones(n, dtype=np.float32) for n in own.shape]
+            if fade_mm is not None:
+                ends, windows = fade_windows(own, fade_mm)
+            self.grid = own.padded(ends)
+            vectors = np.ascontiguousarray(field.vectors_mm)
+            volume = np.empty((*self.grid.shape, native.LANES), dtype=np.float32)
+
+            def work(a: int, b: int) -> None:
+                native.lay_out((a, b), vectors, ends, to_voxels, windows, volume)
+
+            in_threads(work, volume.shape[0], threads, volume.size)
+            self.sampled = Sampled.laid_out(volume, 3, threads)
+        else:
+            faded = field if fade_mm is None else field.faded(fade_mm)
+            self.grid = faded.geometry
+            values = to_voxels.astype(np.float32) @ faded.vectors_mm.reshape(3, -1)
+            self.sampled = Sampled(values.reshape(3, *self.grid.shape), threads)
         # A voxel's longest side: what is left is then below the tolerance in mm.
-        self._tolerance = TOLERANCE_MM / max(grid.spacing)
+        self._tolerance = TOLERANCE_MM / max(own.spacing)
 
     def solve(self, z: Array, border: bool) -> tuple[Array, Array]:
         """v with v + u(z + v) = 0 for points z (3,n), and what remains of that sum; all in voxels.
@@ -123,14 +152,14 @@ class VoxelField:
             self._iterate(z, v, outside)
         else:
             squared = np.empty(z.shape[1], dtype=np.float32)
-            field, tolerance = self._sampled.field, self._tolerance
+            field, tolerance = self.sampled.field, self._tolerance
 
             def work(a: int, b: int) -> None:
                 part = v[:, a:b]
                 native.invert_points(field, z[:, a:b], border, tolerance, _EVALUATIONS, part, squared[a:b])
 
             in_threads(work, z.shape[1], self.threads, z.shape[1])
-        return v, v + self._sampled.at(z + v, outside)
+        return v, v + self.sampled.at(z + v, outside)
 
     def solve_on(self, shape: Shape, where: FloatArray, base: FloatArray) -> Array:
         """``base @ (i,j,k,1)`` + v in mm for the voxels of a grid of ``shape``, which lie at z = ``where @ (i,j,k,1)``.
@@ -140,7 +169,7 @@ class VoxelField:
         out = np.empty((3, *shape), dtype=np.float32)
         linear = self.grid.affine[:3, :3]
         if native.available():
-            field, tolerance = self._sampled.field, self._tolerance
+            field, tolerance = self.sampled.field, self._tolerance
 
             def work(a: int, b: int) -> None:
                 native.invert((a, b), field, where, base, linear, False, tolerance, _EVALUATIONS, out)
@@ -157,7 +186,7 @@ class VoxelField:
 
     def _iterate(self, z: Array, v: Array, outside: float | None) -> None:
         """Solve in place, without the compiled kernels."""
-        error = v + self._sampled.at(z + v, outside)
+        error = v + self.sampled.at(z + v, outside)
         distance = np.sqrt((error**2).sum(axis=0))
         step = np.ones(z.shape[1], dtype=np.float32)
         active = np.flatnonzero(distance > self._tolerance)
@@ -165,7 +194,7 @@ class VoxelField:
             if active.size == 0:
                 break
             tried = v[:, active] - step[active] * error[:, active]
-            found = tried + self._sampled.at(z[:, active] + tried, outside)
+            found = tried + self.sampled.at(z[:, active] + tried, outside)
             length = np.sqrt((found**2).sum(axis=0))
             better = length < distance[active]
             chosen = active[better]

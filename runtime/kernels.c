@@ -95,6 +95,35 @@ static inline void value_and_slope(const volume_t *v, float x, float y, float z,
     }
 }
 
+/* Planes `start` to `stop` of a field laid out for sampling, out (X,Y,Z,4): `linear` (3x3) times the vectors
+ * (3, shape), continued by `more` voxels each way with the border's value, times one window an axis. */
+EXPORT void jrs_lay_out(const float *vectors, const int64_t *shape, const int64_t *more, const double *linear,
+                        const float *along, const float *across, const float *up, int64_t start, int64_t stop,
+                        float *out)
+{
+    int64_t ny = shape[1] + 2 * more[1], nz = shape[2] + 2 * more[2], apart = shape[0] * shape[1] * shape[2];
+    float m[9];
+    for (int n = 0; n < 9; n++)
+        m[n] = (float)linear[n];
+    for (int64_t i = start; i < stop; i++)
+        for (int64_t j = 0; j < ny; j++) {
+            int64_t x = i - more[0], y = j - more[1];
+            x = x < 0 ? 0 : x > shape[0] - 1 ? shape[0] - 1 : x;
+            y = y < 0 ? 0 : y > shape[1] - 1 ? shape[1] - 1 : y;
+            const float *row = vectors + (x * shape[1] + y) * shape[2];
+            float *to = out + (i * ny + j) * nz * 4, window = along[i] * across[j];
+            for (int64_t k = 0; k < nz; k++) {
+                int64_t z = k - more[2];
+                z = z < 0 ? 0 : z > shape[2] - 1 ? shape[2] - 1 : z;
+                float w = window * up[k], a = row[z], b = row[apart + z], c = row[2 * apart + z];
+                to[4 * k] = w * (m[0] * a + m[1] * b + m[2] * c);
+                to[4 * k + 1] = w * (m[3] * a + m[4] * b + m[5] * c);
+                to[4 * k + 2] = w * (m[6] * a + m[7] * b + m[8] * c);
+                to[4 * k + 3] = 0.0f;
+            }
+        }
+}
+
 /* Sample at n points: coordinates `stride` floats apart axis by axis, values likewise channel by channel. */
 EXPORT void jrs_sample(const float *data, const int64_t *shape, int64_t lanes, int64_t channels, const float *coords,
                        int64_t coords_stride, int64_t n, int border, float outside, float *out, int64_t out_stride)

@@ -81,7 +81,8 @@ class LabelSampler:
             return labels
         # Where x has to lie for A(x + u(x)) to lie within the corners.
         index = target.to_voxels(apply_affine(np.linalg.inv(transform.affine), self._corners))
-        reach = 0.0 if transform.field is None else float(np.abs(transform.field.vectors_mm).max())
+        u = transform.displacement
+        reach = 0.0 if u is None else float(np.abs(u.vectors_mm).max())
         more = reach * np.sqrt(3.0) / np.array(target.spacing)
         low = np.maximum(0, np.floor(index.min(axis=0) - more)).astype(int)
         high = np.minimum(target.shape, np.ceil(index.max(axis=0) + more) + 1).astype(int)

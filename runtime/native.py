@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +25,7 @@ LANES = 4
 
 _POINTER, _I64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
+    "jrs_lay_out": [_POINTER] * 7 + [_I64, _I64, _POINTER],
     "jrs_sample": [_POINTER, _POINTER, _I64, _I64, _POINTER, _I64, _I64, _INT, _FLOAT, _POINTER, _I64],
     "jrs_pull": [
         *(_POINTER, _I64, _I64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
@@ -84,6 +86,14 @@ def sample(volume: Array, lanes: int, coords: Array, outside: float | None, out:
         *(_at(volume), _at(shape), lanes, out.shape[0], _at(coords), coords.strides[0] // 4, coords.shape[1]),
         *(int(outside is None), outside or 0.0, _at(out), out.strides[0] // 4),
     )
+
+
+def lay_out(
+    planes: tuple[int, int], vectors: Array, more: Shape, linear: FloatArray, windows: Sequence[Array], out: Array
+) -> None:
+    """``jrs_lay_out`` for some planes of ``out`` (X,Y,Z,4); ``vectors`` (3,x,y,z) in C order."""
+    shape, pads, rows = _shape(vectors.shape[1:]), _shape(more), _rows(linear)
+    _loaded().jrs_lay_out(_at(vectors), _at(shape), _at(pads), _at(rows), *map(_at, windows), *planes, _at(out))
 
 
 def pull(

@@ -33,6 +33,8 @@ from jrs.runtime.precision import Choice, choose_precision
 from jrs.runtime.sampling import Sampled, Warp
 
 Array = npt.NDArray[np.float32]
+_FEW_VOXELS = 1_500_000
+"""Of a grid on which the memory of all open engines is no matter."""
 Codes = Mapping[str, Value]
 """code1..code5, where the backend keeps them: a GPU's never leave it between graphs."""
 
@@ -61,6 +63,7 @@ class Network:
         self._asked = self.backend, precision
         self._engines: dict[str, Engine] = {}
         self._coming: dict[str, Future[Engine]] = {}
+        self._planned: list[str] = []
         self._opener: ThreadPoolExecutor | None = None
         self._stack = ExitStack()
         self._choosing = Lock()
@@ -87,6 +90,7 @@ class Network:
     def open_ahead(self, graphs: Sequence[str]) -> None:
         """Begin to open the engines of these graphs, in this order, while the caller does something else.
 
+        On a large grid each is opened while the one before it runs: open, it holds memory for its inputs and outputs.
         What goes wrong is raised where the engine is first used. A GPU's are opened there too: its context is its
         thread's, and opening them on one that is full would hide which run filled it.
         """
@@ -94,8 +98,14 @@ class Network:
             return
         if self._opener is None:
             self._opener = ThreadPoolExecutor(1, "jrs-engines")
-        for name in graphs:
-            if name in self.bundle.manifest.graphs and name not in self._engines and name not in self._coming:
+        self._planned = [n for n in graphs if n in self.bundle.manifest.graphs and n not in self._engines]
+        several = int(np.prod(self.bundle.manifest.model.grid.shape)) <= _FEW_VOXELS
+        self._open_planned(len(self._planned) if several else 1)
+
+    def _open_planned(self, count: int) -> None:
+        chosen, self._planned = self._planned[:count], self._planned[count:]
+        for name in chosen:
+            if self._opener is not None and name not in self._coming:
                 self._coming[name] = self._opener.submit(self._open, name)
 
     def encode(self, image: Array) -> Codes:
@@ -152,6 +162,8 @@ class Network:
             coming = self._coming.pop(name, None)
             engine = self._open(name) if coming is None else coming.result()
             self._engines[name] = self._stack.enter_context(engine)
+            self._planned = [other for other in self._planned if other != name]
+            self._open_planned(1)
         return self._engines[name]
 
     def _open(self, name: str) -> Engine:
@@ -162,7 +174,7 @@ class Network:
         return open_engine(self.bundle.graph(name), name, self.backend, options)
 
     def _close(self) -> None:
-        coming, self._coming = list(self._coming.values()), {}
+        coming, self._coming, self._planned = list(self._coming.values()), {}, []
         for future in coming:
             future.cancel()
         if self._opener is not None:

@@ -79,6 +79,15 @@ class Sampled:
             else:
                 self._groups.append((self._interleaved(chosen), native.LANES, len(chosen)))
 
+    @classmethod
+    def laid_out(cls, volume: Array, channels: int, threads: int | None = None) -> Sampled:
+        """Of a volume (X,Y,Z,4) that has ``channels`` beside one another already; for the compiled kernels alone."""
+        made = cls.__new__(cls)
+        made.threads, made.channels, made.shape = threads, channels, volume.shape[:3]
+        made._native, made._data = True, None
+        made._groups = [(volume, native.LANES, channels)]
+        return made
+
     def _interleaved(self, chosen: Sequence[Array]) -> Array:
         volume = np.empty((*self.shape, native.LANES), dtype=np.float32)
         volume[..., len(chosen) :] = 0.0

@@ -28,19 +28,18 @@ class Transform:
     threads: int | None = None
 
     @cached_property
-    def field(self) -> DisplacementField | None:
+    def _field(self) -> VoxelField | None:
         """u, continued beyond the network's grid and faded to zero."""
-        return None if self.displacement is None else self.displacement.faded(FADE_MM)
-
-    @cached_property
-    def _sampled(self) -> Sampled | None:
-        return None if self.field is None else Sampled(self.field.vectors_mm, self.threads)
+        if self.displacement is None:
+            return None
+        return VoxelField(self.displacement, threads=self.threads, fade_mm=FADE_MM)
 
     def _warp(self, fixed: Geometry, linear: FloatArray) -> Warp | None:
         """u at the voxels of ``fixed``, multiplied by ``linear``."""
-        if self.field is None or self._sampled is None:
+        if self._field is None:
             return None
-        return Warp(self._sampled, self.field.geometry.inverse @ fixed.affine, linear[:3, :3])
+        grid = self._field.grid
+        return Warp(self._field.sampled, grid.inverse @ fixed.affine, linear[:3, :3] @ grid.affine[:3, :3])
 
     def pull(self, image: Sampled, source: Geometry, fixed: Geometry, outside: float = 0.0) -> Array:
         """out(x) = image(A(x + u(x))) for an image on grid ``source``: (C, shape of ``fixed``) float32."""
@@ -60,17 +59,17 @@ class Transform:
         """x(y) - y on the moving image's grid, where A(x + u(x)) = y."""
         back = np.linalg.inv(self.affine) @ moving.affine
         base = back - moving.affine
-        if self.field is None:
+        if self._field is None:
             return DisplacementField(positions(moving.shape, base, None, self.threads), moving)
-        u = VoxelField(np.eye(3), self.field.vectors_mm, self.field.geometry, self.threads)
-        return DisplacementField(u.solve_on(moving.shape, u.grid.inverse @ back, base), moving)
+        return DisplacementField(self._field.solve_on(moving.shape, self._field.grid.inverse @ back, base), moving)
 
     def points(self, points_ras: npt.ArrayLike) -> FloatArray:
         """Map fixed points (n,3) to moving points (n,3), RAS mm."""
         points = np.asarray(points_ras, dtype=np.float64)
-        if self.field is not None and self._sampled is not None:
-            coords = self.field.geometry.to_voxels(points).T.astype(np.float32)
-            points = points + self._sampled.at(coords).T
+        if self._field is not None:
+            grid = self._field.grid
+            u = self._field.sampled.at(grid.to_voxels(points).T.astype(np.float32))
+            points = points + u.T @ grid.affine[:3, :3].T
         result: FloatArray = points @ self.affine[:3, :3].T + self.affine[:3, 3]
         return result
 

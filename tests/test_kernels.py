@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from jrs.fields import DisplacementField
 from jrs.geometry import Geometry
 from jrs.runtime import native
 from jrs.runtime.inversion import VoxelField
@@ -96,7 +97,8 @@ def test_the_number_of_threads_changes_nothing() -> None:
     for threads in (1, 2, 5):
         warp = Warp(Sampled(field, threads), np.eye(4), np.eye(3))
         pulled = Sampled(data, threads).pull((30, 28, 26), np.eye(4), warp)
-        inverse = VoxelField(np.eye(3), field, grid, threads).solve_on((30, 28, 26), np.eye(4), np.eye(4))
+        laid_out = VoxelField(DisplacementField(field, grid), threads=threads)
+        inverse = laid_out.solve_on((30, 28, 26), np.eye(4), np.eye(4))
         results.append((pulled, inverse))
     for pulled, inverse in results[1:]:
         np.testing.assert_array_equal(pulled, results[0][0])
@@ -110,9 +112,9 @@ def test_the_inverse_is_one_and_the_same_without_the_kernels(border: bool) -> No
     assert 0.2 < np.abs(np.gradient(field, axis=(1, 2, 3))).max() < 0.6
     grid = Geometry((24, 22, 20), np.eye(4))
     z = GENERATOR(7).uniform(-6.0, 29.0, (3, 30_000)).astype(np.float32)
-    v, left = VoxelField(np.eye(3), field, grid, 2).solve(z, border)
+    v, left = VoxelField(DisplacementField(field, grid), threads=2).solve(z, border)
     with portable():
-        want, want_left = VoxelField(np.eye(3), field, grid, 2).solve(z, border)
+        want, want_left = VoxelField(DisplacementField(field, grid), threads=2).solve(z, border)
     # Zero outside by a jump: near it there are points without a solution, or with two.
     solved = (np.abs(left).max(axis=0) < 2e-3) & (np.abs(want_left).max(axis=0) < 2e-3)
     assert solved.mean() > (0.9999 if border else 0.95)
@@ -130,7 +132,7 @@ def test_the_inverse_is_one_and_the_same_without_the_kernels(border: bool) -> No
 def test_grid_and_points_have_the_same_inverse() -> None:
     field = smooth((16, 15, 14), 0.8, 9)
     grid = Geometry((16, 15, 14), np.diag([2.0, 3.0, 2.5, 1.0]))
-    u = VoxelField(np.eye(3), field, grid)
+    u = VoxelField(DisplacementField(field, grid))
     where = np.array([[0.0, 1.1, 0.0, 0.3], [0.9, 0.0, 0.1, 0.2], [0.0, 0.1, -1.0, 12.0], [0.0, 0.0, 0.0, 1.0]])
     shape = (14, 13, 12)
     got = u.solve_on(shape, where, np.zeros((4, 4)))
@@ -141,6 +143,20 @@ def test_grid_and_points_have_the_same_inverse() -> None:
     want = grid.affine[:3, :3] @ v
     same = np.abs(got.reshape(3, -1) - want).max(axis=0) < 0.01
     assert same[close].mean() > 0.99
+
+
+@pytest.mark.parametrize("margin", [None, 9.0])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_field_is_laid_out_in_its_voxels_and_fades(margin: float | None, threads: int) -> None:
+    vectors = smooth((13, 9, 11), 1.5, 10)
+    affine = np.array([[0.0, 2.0, 0.3, 5.0], [-1.5, 0.0, 0.0, 2.0], [0.1, 0.0, 2.5, -7.0], [0.0, 0.0, 0.0, 1.0]])
+    field = DisplacementField(vectors, Geometry((13, 9, 11), affine))
+    linear = np.array([[1.1, 0.2, 0.0], [0.0, 0.9, -0.1], [0.0, 0.0, 1.0]])
+    made = VoxelField(field, linear, threads, margin)
+    want = field if margin is None else field.faded(margin)
+    np.testing.assert_array_equal(made.grid.affine, want.geometry.affine)
+    mm = np.linalg.inv(linear) @ affine[:3, :3] @ made.sampled.at(np.indices(made.grid.shape)).reshape(3, -1)
+    np.testing.assert_allclose(mm.reshape(want.vectors_mm.shape), want.vectors_mm, atol=2e-5)
 
 
 def test_they_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
