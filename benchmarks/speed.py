@@ -3,9 +3,9 @@
     python benchmarks/speed.py examples/TCGA-DU-7294 --peer-python PEERS/bin/python --json FILE --plot FILE.png
     python benchmarks/speed.py examples/TCGA-DU-7294 --no-peers --runs 1
 
-Whole processes (imports, reading, registering, writing), medians: the default bundle, and its weights on the grid of
-1 mm, 144x208x144; with an empty cache and with a full one; with and without refinement. Then the network's stages
-alone at 1 mm, and what each graph could take at best on this machine. ``--peer-python`` is an interpreter that has
+Whole processes (imports, reading, registering, writing), medians: the default bundle, and the paper's network with
+random weights at 1 mm, 144x208x144; with an empty cache and with a full one; with and without refinement. Then the
+network's stages alone at 1 mm, and what each graph could take at best on this machine. ``--peer-python`` is an interpreter that has
 antspyx, picsl-greedy, SimpleITK and nibabel (antspyx needs an older numpy than constraints.txt names). Needs PyTorch,
 onnx and matplotlib (``jrs[train,evaluate]``). Prints Markdown.
 """
@@ -30,9 +30,11 @@ import numpy as np
 from roofline import machine, roofline
 from stages import CPU, PEAK, WALL, run_once
 
+from jrs.architecture import Architecture
 from jrs.bundle import Bundle
 from jrs.export.exporter import export_bundle
-from jrs.models.checkpoint import find_checkpoint, load_checkpoint
+from jrs.manifest import GridSpec, ModelSpec
+from jrs.models.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from jrs.resources import atlas_path
 from jrs.runtime.cases import load_case
 from jrs.runtime.engines import EngineOptions, open_engine
@@ -65,6 +67,26 @@ demons.SetNumberOfIterations(50)
 demons.SetStandardDeviations(1.5)
 sitk.WriteImage(demons.Execute(fixed, moved), f"{sys.argv[1]}/sitk.nii.gz")
 """
+
+
+def paper_bundle(work: Path) -> Bundle:
+    """The paper's network with 8 channels, instance norms and a displacement head, of random weights, at 1 mm.
+
+    Its segmentation leans towards the background: random labels all over a head would cost what no tumour does.
+    """
+    import torch
+
+    from jrs.models.network import JointNet
+
+    torch.manual_seed(0)
+    architecture = Architecture(norm="instance", head="displacement")
+    net = JointNet(architecture)
+    assert net.segmentation is not None and net.segmentation.output.bias is not None
+    with torch.no_grad():
+        net.segmentation.output.bias.copy_(torch.tensor([8.0, 0.0, 0.0, 0.0]))
+    spec = ModelSpec(architecture, grid=GridSpec(SHAPE, (1.0, 1.0, 1.0), "RAS", "sri24"))
+    Checkpoint(spec, net.state_dict()).save(work / "random.safetensors")
+    return export_bundle(work / "random.safetensors", work / "one-mm")
 
 
 def infer_rows(case: str, bundles: dict[str, Path | None], runs: int, work: Path) -> dict[str, dict[str, float]]:
@@ -223,7 +245,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        bundle = export_bundle("default", work / "one-mm", shape=SHAPE, spacing=(1.0, 1.0, 1.0))
+        bundle = paper_bundle(work)
         limits = machine()
         found: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "runs": given.runs}
         found["limits"] = limits

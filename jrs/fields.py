@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from jrs.geometry import FloatArray, Geometry, Shape
 from jrs.parallel import together
+from jrs.runtime import native
 
 Array = npt.NDArray[np.float32]
 
@@ -34,8 +35,8 @@ class DisplacementField:
     @staticmethod
     def from_voxels(displacement_vox: Array, geometry: Geometry) -> DisplacementField:
         """From displacements (3,X,Y,Z) in voxels along the array's axes: the only step from network to world space."""
-        linear = geometry.affine[:3, :3].astype(np.float32)
-        return DisplacementField(np.einsum("wi,ixyz->wxyz", linear, displacement_vox).astype(np.float32), geometry)
+        vectors = geometry.affine[:3, :3].astype(np.float32) @ displacement_vox.reshape(3, -1)
+        return DisplacementField(vectors.reshape(displacement_vox.shape), geometry)
 
     def faded(self, margin_mm: float) -> DisplacementField:
         """The field continued beyond its grid: border values that fall to zero, smoothly, within ``margin_mm``.
@@ -78,6 +79,11 @@ def jacobian_determinant(field: DisplacementField, rows: int = 16) -> Array:
     linear: FloatArray = field.geometry.affine[:3, :3]
     count = field.geometry.shape[0]
     out = np.empty(field.geometry.shape, dtype=np.float32)
+    if native.available():
+        vectors = np.ascontiguousarray(field.vectors_mm, dtype=np.float32)
+        pieces = [(start, min(start + rows, count)) for start in range(0, count, rows)]
+        together([partial(native.jacobian, piece, vectors, linear, out) for piece in pieces])
+        return out
 
     def work(start: int) -> None:
         stop = min(start + rows, count)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +91,24 @@ class Shelf:
 
 @dataclass
 class FixedImage:
-    """An atlas, encoded: what every case registered to it can share."""
+    """An atlas as all that looks at it takes it: what every case registered to it can share."""
 
     label: str
     case: Case
     grid: Geometry
     input: NetworkInput
-    codes: Codes
+    encode: Callable[[], Codes]
     healthy: bool
     shelf: Shelf
     notes: tuple[str, ...] = ()
     tumors: Tumors | None = None
     pyramids: dict[Any, Pyramid] = field(default_factory=dict)
     blocks: dict[str, Block] = field(default_factory=dict)
+
+    @cached_property
+    def codes(self) -> Codes:
+        """The network's codes, computed or fetched from the disk when they are first asked for."""
+        return self.encode()
 
     def block(self, modality: str) -> Block:
         """One image as the affine alignment takes it."""
@@ -154,9 +160,9 @@ class FixedImages:
             with stage("encode_atlas"):
                 shelf = Shelf(self.store, case, self.threads)
                 inputs, notes = self._input(shelf, spec, f"the atlas {path}")
-                codes = self._codes(shelf, spec, inputs)
             healthy = path.parent == DATA / "atlases"
-            self._known[key] = FixedImage(label, case, inputs.grid, inputs, codes, healthy, shelf, notes)
+            encode = partial(self._codes, shelf, spec, inputs)
+            self._known[key] = FixedImage(label, case, inputs.grid, inputs, encode, healthy, shelf, notes)
         return self._known[key]
 
     def clear(self) -> None:

@@ -125,7 +125,7 @@ class VoxelField:
             if fade_mm is not None:
                 ends, windows = fade_windows(own, fade_mm)
             self.grid = own.padded(ends)
-            vectors = np.ascontiguousarray(field.vectors_mm)
+            vectors = np.ascontiguousarray(field.vectors_mm, dtype=np.float32)
             volume = np.empty((*self.grid.shape, native.LANES), dtype=np.float32)
 
             def work(a: int, b: int) -> None:

@@ -241,6 +241,43 @@ EXPORT void jrs_pull(const int64_t *shape, int64_t start, int64_t stop, const do
         }
 }
 
+/* Planes `start` to `stop` of det(F + dD) / det(F), out (shape): F (3x3) is the linear part of the grid that the
+ * vectors D (3, shape) lie on, dD their differences along the array's axes, central, one-sided at the ends. */
+EXPORT void jrs_jacobian(const float *vectors, const int64_t *shape, const double *linear, int64_t start, int64_t stop,
+                         float *out)
+{
+    int64_t row = shape[2], plane = shape[1] * row, apart = shape[0] * plane;
+    double f = linear[0] * (linear[4] * linear[8] - linear[5] * linear[7]) -
+               linear[1] * (linear[3] * linear[8] - linear[5] * linear[6]) +
+               linear[2] * (linear[3] * linear[7] - linear[4] * linear[6]);
+    float m[9], scale = (float)(1.0 / f);
+    for (int n = 0; n < 9; n++)
+        m[n] = (float)linear[n];
+    for (int64_t i = start; i < stop; i++)
+        for (int64_t j = 0; j < shape[1]; j++) {
+            int64_t up[2] = {i + 1 < shape[0] ? plane : 0, j + 1 < shape[1] ? row : 0};
+            int64_t down[2] = {i > 0 ? plane : 0, j > 0 ? row : 0};
+            float share[2];
+            for (int axis = 0; axis < 2; axis++)
+                share[axis] = up[axis] && down[axis] ? 0.5f : 1.0f;
+            const float *at = vectors + i * plane + j * row;
+            float *to = out + i * plane + j * row;
+            for (int64_t k = 0; k < row; k++) {
+                int64_t next = k + 1 < row, before = k > 0;
+                float half = next && before ? 0.5f : 1.0f, g[3][3];
+                for (int c = 0; c < 3; c++) {
+                    const float *p = at + c * apart + k;
+                    g[c][0] = m[3 * c] + share[0] * (p[up[0]] - p[-down[0]]);
+                    g[c][1] = m[3 * c + 1] + share[1] * (p[up[1]] - p[-down[1]]);
+                    g[c][2] = m[3 * c + 2] + half * (p[next] - p[-before]);
+                }
+                to[k] = scale * (g[0][0] * (g[1][1] * g[2][2] - g[1][2] * g[2][1]) -
+                                 g[0][1] * (g[1][0] * g[2][2] - g[1][2] * g[2][0]) +
+                                 g[0][2] * (g[1][0] * g[2][1] - g[1][1] * g[2][0]));
+            }
+        }
+}
+
 static inline float squared(const float *r)
 {
     return r[0] * r[0] + r[1] * r[1] + r[2] * r[2];

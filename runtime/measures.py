@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jrs.geometry import FloatArray
+from jrs.runtime.labels import foreground
 from jrs.runtime.preprocess import NetworkInput
 
 Array = npt.NDArray[np.float32]
@@ -106,7 +107,7 @@ def similarity(
     ``before`` is after the affine alone, ``after`` is after the deformation; both of the first shared modality,
     and of every one under ``modalities``. None if no modality is shared or nothing but tumour is left.
     """
-    outside = None if probabilities is None else probabilities.argmax(axis=0) == 0
+    outside = None if probabilities is None else ~foreground(probabilities)
     found = {}
     for index, channel in enumerate(channels):
         if not (moving.present[index] and fixed.present[index]):

@@ -25,6 +25,7 @@ LANES = 4
 
 _POINTER, _I64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
+    "jrs_jacobian": [_POINTER, _POINTER, _POINTER, _I64, _I64, _POINTER],
     "jrs_lay_out": [_POINTER] * 7 + [_I64, _I64, _POINTER],
     "jrs_sample": [_POINTER, _POINTER, _I64, _I64, _POINTER, _I64, _I64, _INT, _FLOAT, _POINTER, _I64],
     "jrs_pull": [
@@ -86,6 +87,12 @@ def sample(volume: Array, lanes: int, coords: Array, outside: float | None, out:
         *(_at(volume), _at(shape), lanes, out.shape[0], _at(coords), coords.strides[0] // 4, coords.shape[1]),
         *(int(outside is None), outside or 0.0, _at(out), out.strides[0] // 4),
     )
+
+
+def jacobian(planes: tuple[int, int], vectors: Array, linear: FloatArray, out: Array) -> None:
+    """``jrs_jacobian`` for some planes of ``out`` (X,Y,Z); ``vectors`` (3,X,Y,Z) in C order, ``linear`` 3x3."""
+    shape, rows = _shape(out.shape), _rows(linear)
+    _loaded().jrs_jacobian(_at(vectors), _at(shape), _at(rows), *planes, _at(out))
 
 
 def lay_out(

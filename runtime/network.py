@@ -33,8 +33,8 @@ from jrs.runtime.precision import Choice, choose_precision
 from jrs.runtime.sampling import Sampled, Warp
 
 Array = npt.NDArray[np.float32]
-_FEW_VOXELS = 1_500_000
-"""Of a grid on which the memory of all open engines is no matter."""
+_MANY_VOXELS = 1_500_000
+"""Of a grid on which an engine of the CPU that is open takes a quarter of a gigabyte."""
 Codes = Mapping[str, Value]
 """code1..code5, where the backend keeps them: a GPU's never leave it between graphs."""
 
@@ -65,8 +65,20 @@ class Network:
         self._coming: dict[str, Future[Engine]] = {}
         self._planned: list[str] = []
         self._opener: ThreadPoolExecutor | None = None
+        self._info: EngineInfo | None = None
         self._stack = ExitStack()
         self._choosing = Lock()
+
+    @property
+    def _spare(self) -> bool:
+        """Whether to keep one engine open at a time."""
+        return not on_gpu(self.backend) and int(np.prod(self.bundle.manifest.model.grid.shape)) > _MANY_VOXELS
+
+    @property
+    def _flow_moves(self) -> bool:
+        """Whether the flow is the displacement and the compiled kernels sample, so that no transformer is needed."""
+        architecture = self.bundle.manifest.model.architecture
+        return architecture.head == "displacement" and not on_gpu(self.backend) and native.available()
 
     @property
     def choice(self) -> Choice:
@@ -83,14 +95,14 @@ class Network:
     @property
     def info(self) -> EngineInfo:
         """What runs the convolutions, and why in that precision."""
-        info = self._engine("encoder").info
+        info = self._info or self._engine("encoder").info
         verdict = self.choice.verdict
         return replace(info, reason=self.choice.reason, gate=None if verdict is None else verdict.record())
 
     def open_ahead(self, graphs: Sequence[str]) -> None:
         """Begin to open the engines of these graphs, in this order, while the caller does something else.
 
-        On a large grid each is opened while the one before it runs: open, it holds memory for its inputs and outputs.
+        On a large grid, where each holds much memory, no more than the one in use and the next are open.
         What goes wrong is raised where the engine is first used. A GPU's are opened there too: its context is its
         thread's, and opening them on one that is full would hide which run filled it.
         """
@@ -98,15 +110,15 @@ class Network:
             return
         if self._opener is None:
             self._opener = ThreadPoolExecutor(1, "jrs-engines")
-        self._planned = [n for n in graphs if n in self.bundle.manifest.graphs and n not in self._engines]
-        several = int(np.prod(self.bundle.manifest.model.grid.shape)) <= _FEW_VOXELS
-        self._open_planned(len(self._planned) if several else 1)
+        needless = {*self._engines, *self._coming, *(["transformer"] if self._flow_moves else [])}
+        self._planned = [name for name in graphs if name in self.bundle.manifest.graphs and name not in needless]
+        self._open_planned(2 if self._spare else len(self._planned))
 
     def _open_planned(self, count: int) -> None:
-        chosen, self._planned = self._planned[:count], self._planned[count:]
-        for name in chosen:
-            if self._opener is not None and name not in self._coming:
-                self._coming[name] = self._opener.submit(self._open, name)
+        while self._opener is not None and self._planned and count > 0:
+            name = self._planned.pop(0)
+            self._coming[name] = self._opener.submit(self._open, name)
+            count -= 1
 
     def encode(self, image: Array) -> Codes:
         """code1..code5 of a normalised image (1,C,X,Y,Z)."""
@@ -123,12 +135,17 @@ class Network:
         inputs |= {f"fixed_{name}": code for name, code in fixed.items()}
         flow = self._keep("registration", inputs)["flow"]
         feeds = {"image": image, "flow": flow}
-        transformer = None if on_gpu(self.backend) else self._engine("transformer")
-        if not isinstance(transformer, OnnxRuntimeEngine) or not native.available():
-            result = self._run("transformer", feeds)
-            return Registered(result["moved"], result["displacement"])
+        if self._flow_moves:
+            displacement = hosted({"flow": flow})["flow"]
+            if self.bundle.manifest.model.architecture.grid_origin:
+                displacement = displacement + np.float32(1.0)
+        else:
+            transformer = None if on_gpu(self.backend) else self._engine("transformer")
+            if not isinstance(transformer, OnnxRuntimeEngine) or not native.available():
+                result = self._run("transformer", feeds)
+                return Registered(result["moved"], result["displacement"])
+            displacement = transformer.only(["displacement"], feeds)["displacement"]
         # The compiled sampler is several times faster than ONNX Runtime's, which shares work by channel alone.
-        displacement = transformer.only(["displacement"], feeds)["displacement"]
         warp = Warp(Sampled(displacement[0], self.threads), np.eye(4), np.eye(3))
         moved = Sampled(image[0], self.threads).pull(image.shape[2:], np.eye(4), warp, None)
         return Registered(moved[None], displacement)
@@ -160,10 +177,16 @@ class Network:
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:
             coming = self._coming.pop(name, None)
+            if name in self._planned:
+                self._planned.remove(name)
             engine = self._open(name) if coming is None else coming.result()
+            if self._spare and self._engines:
+                self._engines.clear()
+                self._stack.close()
+                self._open_planned(1)
             self._engines[name] = self._stack.enter_context(engine)
-            self._planned = [other for other in self._planned if other != name]
-            self._open_planned(1)
+            if name == "encoder":
+                self._info = engine.info
         return self._engines[name]
 
     def _open(self, name: str) -> Engine:
@@ -174,7 +197,7 @@ class Network:
         return open_engine(self.bundle.graph(name), name, self.backend, options)
 
     def _close(self) -> None:
-        coming, self._coming, self._planned = list(self._coming.values()), {}, []
+        coming, self._coming, self._planned, self._info = list(self._coming.values()), {}, [], None
         for future in coming:
             future.cancel()
         if self._opener is not None:

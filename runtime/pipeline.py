@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,6 +171,8 @@ class Pipeline:
             inputs = network_input(moving.images, spec, fixed.grid, affine, self.threads)
         with clock.stage("encoder"):
             codes = self.network.encode(inputs.tensor)
+        with clock.stage("encode_atlas"):
+            fixed.codes  # noqa: B018  (while the encoder is there)
         probabilities = None
         if options.segment and spec.architecture.segmentation:
             with clock.stage("segmentation"):
@@ -196,6 +199,11 @@ class Pipeline:
             with clock.stage("inverse"):
                 inverse = transform.inverse_dense(native)
         with clock.stage("measures"):
+            with ThreadPoolExecutor(1) as beside:
+                images = inputs, fixed.input, found.moved
+                likeness_coming = beside.submit(similarity, *images, probabilities, spec.channels)
+                summary = jacobian_summary(jacobian, target.foreground(), labels_moved)
+                likeness = likeness_coming.result()
             volumes = None
             if labels_native is not None and labels_moved is not None:
                 native_ml = region_volumes_ml(labels_native, values, native)
@@ -205,8 +213,6 @@ class Pipeline:
                     "moved": region_volumes_ml(labels_moved, values, target.geometry),
                 }
             verdict = volume_verdict(volumes)
-            summary = jacobian_summary(jacobian, target.foreground(), labels_moved)
-            likeness = similarity(inputs, fixed.input, found.moved, probabilities, spec.channels)
             warnings += warnings_of(summary, likeness, verdict)
         clock.seconds["total"] = time.perf_counter() - start
         return Result(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from jrs.errors import BadDataError, UsageError
 from jrs.geometry import FloatArray, Geometry
 from jrs.manifest import GridSpec, ModelSpec, Normalization
+from jrs.parallel import together
 from jrs.reading import read_volume
 from jrs.resources import atlas_path
 from jrs.runtime.affine import foreground_box, register_affine
@@ -88,15 +90,16 @@ def network_input(
             remedy = f"pass --{channel} FILE" if whose == _CASE else "give a folder that has it"
             raise UsageError(f"{whose} lacks modality {channel}, which this bundle needs; {remedy}")
     tensor = np.zeros((len(spec.channels), *grid.shape), dtype=np.float32)
-    for index, channel in enumerate(spec.channels):
-        if channel not in images:
-            continue
+
+    def fill(index: int, channel: str) -> None:
         volume = images[channel].canonical
         sampled = resample_affine(volume.data[None], volume.geometry, grid, moving_from_fixed, threads=threads)[0]
         try:
             tensor[index] = normalize(sampled, spec.normalization)
         except BadDataError as error:
             raise BadDataError(f"{volume.path or channel}: {error}") from error
+
+    together([partial(fill, i, channel) for i, channel in enumerate(spec.channels) if present[i]], threads)
     return NetworkInput(tensor[None], present, grid)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jrs.geometry import FloatArray, Geometry
+from jrs.runtime.labels import foreground
 from jrs.runtime.preprocess import NetworkInput
 from jrs.runtime.sampling import affine_coords, sample
 from jrs.runtime.transform import to_voxel_coords
@@ -55,7 +56,7 @@ class Tumors:
     @staticmethod
     def found(probabilities: Array | None, grid: Geometry, threads: int | None = None) -> Tumors:
         """From class probabilities (K,X,Y,Z), background first; None if nothing was segmented."""
-        mask = None if probabilities is None else probabilities.argmax(axis=0) > 0
+        mask = None if probabilities is None else foreground(probabilities)
         if mask is None or not mask.any():
             return Tumors(None, grid, threads)
         # Closed: what lies no deeper inside the grown lesion than it has grown.

@@ -62,7 +62,9 @@ class Fresh:
     def get(self, path: Path) -> FixedImage:
         self.made.clear()
         with self.network:
-            return self.images.get(path, "atlas", stage)
+            image = self.images.get(path, "atlas", stage)
+            assert image.codes
+            return image
 
 
 @pytest.fixture

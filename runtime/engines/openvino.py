@@ -55,7 +55,8 @@ class OpenVinoEngine(Closing):
         """
         try:
             given = hosted(inputs)
-            feeds = [np.ascontiguousarray(given[p.get_any_name()], _type(p)) for p in self._native.inputs]
+            # Writeable, because OpenVINO takes nothing else; it writes to no input.
+            feeds = [np.require(given[p.get_any_name()], _type(p), ("C", "W")) for p in self._native.inputs]
             results = [np.empty(tuple(p.shape), _type(p)) for p in self._native.outputs]
             self._infer(feeds, results)
             names = [p.get_any_name() for p in self._native.outputs]
