@@ -5,9 +5,9 @@
 
 Whole processes (imports, reading, registering, writing), medians: the default bundle, and the paper's network with
 random weights at 1 mm, 144x208x144; with an empty cache and with a full one; with and without refinement. Then the
-network's stages alone at 1 mm, and what each graph could take at best on this machine. ``--peer-python`` is an interpreter that has
-antspyx, picsl-greedy, SimpleITK and nibabel (antspyx needs an older numpy than constraints.txt names). Needs PyTorch,
-onnx and matplotlib (``jrs[train,evaluate]``). Prints Markdown.
+network's stages alone at 1 mm, and what each graph could take at best on this machine. ``--peer-python`` is an
+interpreter that has antspyx, picsl-greedy, SimpleITK and nibabel (antspyx needs an older numpy than constraints.txt
+names). Needs PyTorch, onnx and matplotlib (``jrs[train,evaluate]``). Prints Markdown.
 """
 
 from __future__ import annotations
