@@ -110,6 +110,8 @@ class Network:
             return
         if self._opener is None:
             self._opener = ThreadPoolExecutor(1, "jrs-engines")
+        if self._spare:
+            self._close_used()
         needless = {*self._engines, *self._coming, *(["transformer"] if self._flow_moves else [])}
         self._planned = [name for name in graphs if name in self.bundle.manifest.graphs and name not in needless]
         self._open_planned(2 if self._spare else len(self._planned))
@@ -181,13 +183,16 @@ class Network:
                 self._planned.remove(name)
             engine = self._open(name) if coming is None else coming.result()
             if self._spare and self._engines:
-                self._engines.clear()
-                self._stack.close()
+                self._close_used()
                 self._open_planned(1)
             self._engines[name] = self._stack.enter_context(engine)
             if name == "encoder":
                 self._info = engine.info
         return self._engines[name]
+
+    def _close_used(self) -> None:
+        self._engines.clear()
+        self._stack.close()
 
     def _open(self, name: str) -> Engine:
         if name == "transformer":  # FP32 whatever the bundle's precision
@@ -206,8 +211,7 @@ class Network:
         for future in coming:
             if not future.cancelled() and future.exception() is None:
                 self._stack.enter_context(future.result())
-        self._engines.clear()
-        self._stack.close()
+        self._close_used()
 
     def __enter__(self) -> Network:
         return self

@@ -195,6 +195,7 @@ def test_the_networks_own_warp_is_the_graphs() -> None:
         got = network.register(image, *codes)
         with portable():
             want = network.register(image, *codes)
-    np.testing.assert_array_equal(got.displacement, want.displacement)
+    # The graph adds the voxel's index and takes it away again.
+    np.testing.assert_allclose(got.displacement, want.displacement, atol=2e-5)
     assert np.abs(want.moved - image).max() > 0.1
     np.testing.assert_allclose(got.moved, want.moved, atol=2e-3)
