@@ -32,7 +32,7 @@ WALL, CPU, PEAK = "whole process, wall", "whole process, CPU", "peak memory, GB"
 def run_once(case: str, options: list[str], environment: dict[str, str] | None = None) -> dict[str, float]:
     """One process: its stages, wall and CPU seconds, peak memory in GB."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-c", "from jrs.cli.main import main; main()", "infer", case, "--out", out, *options]
+        command = [sys.executable, "-m", "jrs", "infer", case, "--out", out, *options]
         # By way of a small process: a child's peak memory begins with that of the process it was forked from.
         done = subprocess.run(
             [sys.executable, "-c", _LAUNCHER, *command],

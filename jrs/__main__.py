@@ -1,6 +1,6 @@
 """``python -m jrs`` is the command ``jrs``."""
 
-from jrs.cli.main import main
+from jrs.cli.start import start
 
 if __name__ == "__main__":
-    main()
+    start()

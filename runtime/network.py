@@ -66,13 +66,16 @@ class Network:
         self._planned: list[str] = []
         self._opener: ThreadPoolExecutor | None = None
         self._info: EngineInfo | None = None
+        self._closed: set[str] = set()
+        self._again = False
         self._stack = ExitStack()
         self._choosing = Lock()
 
     @property
     def _spare(self) -> bool:
-        """Whether to keep one engine open at a time."""
-        return not on_gpu(self.backend) and int(np.prod(self.bundle.manifest.model.grid.shape)) > _MANY_VOXELS
+        """Whether to keep one engine open at a time: on a large grid, until one is asked for again."""
+        large = int(np.prod(self.bundle.manifest.model.grid.shape)) > _MANY_VOXELS
+        return large and not self._again and not on_gpu(self.backend)
 
     @property
     def _flow_moves(self) -> bool:
@@ -102,7 +105,8 @@ class Network:
     def open_ahead(self, graphs: Sequence[str]) -> None:
         """Begin to open the engines of these graphs, in this order, while the caller does something else.
 
-        On a large grid, where each holds much memory, no more than the one in use and the next are open.
+        On a large grid, where each holds much memory, no more than the one in use and the next are open; from the
+        second case on all stay open, which is faster.
         What goes wrong is raised where the engine is first used. A GPU's are opened there too: its context is its
         thread's, and opening them on one that is full would hide which run filled it.
         """
@@ -110,8 +114,7 @@ class Network:
             return
         if self._opener is None:
             self._opener = ThreadPoolExecutor(1, "jrs-engines")
-        if self._spare:
-            self._close_used()
+        self._again = self._again or any(name in self._closed for name in graphs)
         needless = {*self._engines, *self._coming, *(["transformer"] if self._flow_moves else [])}
         self._planned = [name for name in graphs if name in self.bundle.manifest.graphs and name not in needless]
         self._open_planned(2 if self._spare else len(self._planned))
@@ -178,6 +181,7 @@ class Network:
 
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:
+            self._again = self._again or name in self._closed
             coming = self._coming.pop(name, None)
             if name in self._planned:
                 self._planned.remove(name)
@@ -191,6 +195,7 @@ class Network:
         return self._engines[name]
 
     def _close_used(self) -> None:
+        self._closed.update(self._engines)
         self._engines.clear()
         self._stack.close()
 
@@ -198,7 +203,7 @@ class Network:
         if name == "transformer":  # FP32 whatever the bundle's precision
             options = EngineOptions("fp32", self.threads)
         else:
-            options = EngineOptions(self.choice.precision, self.threads, self.bundle.manifest.precision)
+            options = EngineOptions(self.choice.precision, self.threads, self.bundle.manifest.precision, self._spare)
         return open_engine(self.bundle.graph(name), name, self.backend, options)
 
     def _close(self) -> None:

@@ -63,11 +63,13 @@ class EngineOptions:
     """``precision`` is fp32 or bf16, what the backend is to compute in; ``threads`` None leaves the count to it.
 
     ``graph_precision`` is what the bundle's convolutions are stored in (fp32, fp16, bf16): GPUs compute in that.
+    ``lean``: give the memory back that a run worked in; the next one then takes longer.
     """
 
     precision: str = "fp32"
     threads: int | None = None
     graph_precision: str = "fp32"
+    lean: bool = False
 
 
 class Closing:

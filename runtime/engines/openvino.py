@@ -37,7 +37,7 @@ class OpenVinoEngine(Closing):
             self._native: Any = core.compile_model(core.read_model(str(graph)), "CPU", settings)
         except Exception as error:
             raise BackendError(f"backend openvino: cannot compile {graph_name(graph)} ({last_line(error)})") from error
-        self._graph = graph
+        self._graph, self._lean = graph, options.lean
         self.info = EngineInfo("openvino", "CPU", options.precision)
 
     def __enter__(self) -> OpenVinoEngine:
@@ -48,11 +48,7 @@ class OpenVinoEngine(Closing):
         return self(inputs)
 
     def __call__(self, inputs: Mapping[str, Value]) -> dict[str, Array]:
-        """Run once.
-
-        Outputs are written where the caller keeps them, and what lay between is given back: a decoder at 1 mm holds
-        half a gigabyte, and the next graph needs it.
-        """
+        """Run once; outputs are written where the caller keeps them."""
         try:
             given = hosted(inputs)
             # Writeable, because OpenVINO takes nothing else; it writes to no input.
@@ -77,7 +73,8 @@ class OpenVinoEngine(Closing):
             request.set_tensor(port, Tensor(array, shared_memory=True))
         request.infer()
         del request
-        self._native.release_memory()
+        if self._lean:
+            self._native.release_memory()
 
 
 def _type(port: Any) -> Any:
