@@ -123,7 +123,7 @@ def check_wheel(path: Path) -> list[str]:
         problems.append(f"{where}: the compiled kernels are missing; build it with a C compiler")
     problems += [f"{where}: {name} is a link" for name, i in files.items() if (i.external_attr >> 28) == 0xA]
     problems += too_large(where, {name: i.file_size for name, i in files.items()})
-    if "jrs = jrs.cli.main:main" not in entry_points:
+    if "jrs = jrs.cli.start:start" not in entry_points:
         problems.append(f"{where}: the command jrs is missing from entry_points.txt")
     if metadata["License-Expression"] != "Apache-2.0":
         problems.append(f"{where}: License-Expression is {metadata['License-Expression']}")
