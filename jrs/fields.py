@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from jrs.geometry import FloatArray, Geometry, Shape
 from jrs.parallel import together
-from jrs.runtime import native
 
 Array = npt.NDArray[np.float32]
 
@@ -79,11 +78,6 @@ def jacobian_determinant(field: DisplacementField, rows: int = 16) -> Array:
     linear: FloatArray = field.geometry.affine[:3, :3]
     count = field.geometry.shape[0]
     out = np.empty(field.geometry.shape, dtype=np.float32)
-    if native.available():
-        vectors = np.ascontiguousarray(field.vectors_mm, dtype=np.float32)
-        pieces = [(start, min(start + rows, count)) for start in range(0, count, rows)]
-        together([partial(native.jacobian, piece, vectors, linear, out) for piece in pieces])
-        return out
 
     def work(start: int) -> None:
         stop = min(start + rows, count)

@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from jrs.fields import DisplacementField, jacobian_determinant
 from jrs.geometry import FloatArray
+from jrs.runtime import native
 from jrs.runtime.labels import foreground
 from jrs.runtime.preprocess import NetworkInput
+from jrs.runtime.sampling import in_threads
 
 Array = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -23,6 +26,20 @@ SMALL_ML = 0.1
 FOLDING_PERCENT = 0.5
 _WORSE = 0.005  # of correlation
 _FEWEST = 100  # voxels for a correlation
+
+
+def jacobian_map(field: DisplacementField, threads: int | None = None) -> Array:
+    """``jrs.fields.jacobian_determinant``, by the compiled kernels where they are there."""
+    if not native.available():
+        return jacobian_determinant(field)
+    vectors, linear = np.ascontiguousarray(field.vectors_mm, dtype=np.float32), field.geometry.affine[:3, :3]
+    out = np.empty(field.geometry.shape, dtype=np.float32)
+
+    def work(start: int, stop: int) -> None:
+        native.jacobian((start, stop), vectors, linear, out)
+
+    in_threads(work, out.shape[0], threads, out.size)
+    return out
 
 
 def volumes_after_affine(native_ml: Volumes, affine: FloatArray) -> dict[str, float]:

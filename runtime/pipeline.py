@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from jrs.bundle import Bundle
 from jrs.errors import ConfigurationError, UsageError
-from jrs.fields import DisplacementField, jacobian_determinant
+from jrs.fields import DisplacementField
 from jrs.files import refuse_existing
 from jrs.geometry import FloatArray, Geometry
 from jrs.resources import atlas_path
@@ -25,7 +25,14 @@ from jrs.runtime.bids import refuse_raw
 from jrs.runtime.cases import Case, load_case
 from jrs.runtime.fixed import FixedImage, FixedImages
 from jrs.runtime.labels import OWN_SCHEME, LabelSampler, label_scheme, region_volumes_ml
-from jrs.runtime.measures import jacobian_summary, similarity, volume_verdict, volumes_after_affine, warnings_of
+from jrs.runtime.measures import (
+    jacobian_map,
+    jacobian_summary,
+    similarity,
+    volume_verdict,
+    volumes_after_affine,
+    warnings_of,
+)
 from jrs.runtime.names import atlas_label, output_names
 from jrs.runtime.network import Codes, Network
 from jrs.runtime.preprocess import NetworkInput, network_input
@@ -193,7 +200,7 @@ class Pipeline:
                 labels_native = _native_labels(sampler, native)
                 labels_moved = sampler.moved(target.geometry, transform)
         with clock.stage("jacobian"):
-            jacobian = jacobian_determinant(dense)
+            jacobian = jacobian_map(dense, self.threads)
         inverse = None
         if options.inverse:
             with clock.stage("inverse"):

@@ -12,8 +12,6 @@ from jrs.geometry import Geometry
 
 SHAPE = (13, 11, 9)
 
-pytestmark = pytest.mark.usefixtures("kernels")
-
 
 @pytest.fixture
 def grid(helpers: Any) -> Geometry:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from jrs.fields import DisplacementField
+from jrs.fields import DisplacementField, jacobian_determinant
 from jrs.geometry import Geometry
 from jrs.runtime import native
 from jrs.runtime.inversion import VoxelField
+from jrs.runtime.measures import jacobian_map
 from jrs.runtime.sampling import Sampled, Warp, positions, sample
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels were not compiled")
@@ -143,6 +144,18 @@ def test_grid_and_points_have_the_same_inverse() -> None:
     want = grid.affine[:3, :3] @ v
     same = np.abs(got.reshape(3, -1) - want).max(axis=0) < 0.01
     assert same[close].mean() > 0.99
+
+
+@pytest.mark.parametrize("shape", [(13, 11, 9), (1, 11, 9), (4, 1, 1), (2, 2, 2)])
+def test_determinants_are_those_of_the_field(shape: tuple[int, int, int], helpers: Any) -> None:
+    grid = Geometry(shape, helpers.grid_affine(shape, (1.5, 2.0, 3.0), "LAS", (12, -20, 30), (5, -7, 11)))
+    vectors = GENERATOR(12).normal(size=(3, *shape)).astype(np.float32)
+    field = DisplacementField(vectors, grid)
+    want = jacobian_determinant(field)
+    for threads in (1, 3):
+        np.testing.assert_allclose(jacobian_map(field, threads), want, rtol=1e-4, atol=1e-5)
+    with portable():
+        np.testing.assert_array_equal(jacobian_map(field), want)
 
 
 @pytest.mark.parametrize("margin", [None, 9.0])
