@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from jrs.geometry import Geometry, apply_affine
 from jrs.manifest import GridSpec
 from jrs.reading import read_volume
 from jrs.resources import atlas_path
+from jrs.runtime import fixed
 from jrs.runtime.affine import foreground_box
+from jrs.runtime.pipeline import Pipeline
 from jrs.runtime.preprocess import place_grid
 from jrs.volume import Volume
 
@@ -77,3 +81,16 @@ def test_what_is_no_head_is_said_and_the_grid_stays_upright() -> None:
 def test_an_unknown_frame_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="frame 'mni'"):
         GridSpec(frame="mni")
+
+
+def test_a_grid_that_does_not_fit_is_warned_of_also_from_the_cache(
+    tiny_bundle: Path, phantom: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JRS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(fixed, "place_grid", lambda *given: (place_grid(*given)[0], "it does not align well"))
+    for made in (True, False):
+        if not made:
+            monkeypatch.setattr(fixed, "place_grid", None)
+        with Pipeline.open(tiny_bundle, "ort-cpu", "fp32", threads=1) as pipeline:
+            result = pipeline.infer(phantom.folder, phantom.atlas, refine=0, segment=False, inverse=False)
+        assert result.warnings[0] == "it does not align well"
