@@ -127,7 +127,9 @@ def _write_ensemble(folder: Path, models: Mapping[str, onnx.ModelProto], with_at
     codes = code_names()
     steps = [_Step(PREFIX + "encoder", {"image": "image"}, {name: name for name in codes})]
     if PREFIX + "segmentation" in models:
-        steps.append(_Step(PREFIX + "segmentation", {name: name for name in codes}, {"probabilities": "probabilities"}))
+        steps.append(
+            _Step(PREFIX + "segmentation", {name: name for name in codes}, {"probabilities": "probabilities"})
+        )
     if with_atlas is not None:
         moving = {f"moving_{name}": name for name in codes}
         steps.append(_Step(with_atlas, moving, {"flow": "flow"}))

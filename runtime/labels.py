@@ -44,7 +44,7 @@ def label_scheme(values: Sequence[int], wanted: str = OWN_SCHEME) -> tuple[str, 
 
 
 def foreground(probabilities: Array) -> npt.NDArray[np.bool_]:
-    """Where another class than the first is the most probable, (X,Y,Z): argmax(axis=0) > 0, in a fifth of the time."""
+    """Where another class than the first is the most probable, (X,Y,Z): argmax(axis=0) > 0, faster."""
     mask: npt.NDArray[np.bool_] = np.zeros(probabilities.shape[1:], dtype=bool)
     for other in probabilities[1:]:
         mask |= other > probabilities[0]

@@ -139,12 +139,12 @@ class Network:
         inputs = {f"moving_{name}": code for name, code in moving.items()}
         inputs |= {f"fixed_{name}": code for name, code in fixed.items()}
         flow = self._keep("registration", inputs)["flow"]
-        feeds = {"image": image, "flow": flow}
         if self._flow_moves:
             displacement = hosted({"flow": flow})["flow"]
-            if self.bundle.manifest.model.architecture.grid_origin:
-                displacement = displacement + np.float32(1.0)
+            if origin := self.bundle.manifest.model.architecture.grid_origin:
+                displacement = displacement + np.float32(origin)
         else:
+            feeds = {"image": image, "flow": flow}
             transformer = None if on_gpu(self.backend) else self._engine("transformer")
             if not isinstance(transformer, OnnxRuntimeEngine) or not native.available():
                 result = self._run("transformer", feeds)
@@ -187,15 +187,15 @@ class Network:
                 self._planned.remove(name)
             engine = self._open(name) if coming is None else coming.result()
             if self._spare and self._engines:
-                self._close_used()
+                self._closed.update(self._engines)
+                self._close_engines()
                 self._open_planned(1)
             self._engines[name] = self._stack.enter_context(engine)
             if name == "encoder":
                 self._info = engine.info
         return self._engines[name]
 
-    def _close_used(self) -> None:
-        self._closed.update(self._engines)
+    def _close_engines(self) -> None:
         self._engines.clear()
         self._stack.close()
 
@@ -216,7 +216,7 @@ class Network:
         for future in coming:
             if not future.cancelled() and future.exception() is None:
                 self._stack.enter_context(future.result())
-        self._close_used()
+        self._close_engines()
 
     def __enter__(self) -> Network:
         return self

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
+import torch
 
 from jrs.architecture import Architecture
 from jrs.bundle import BundleManifest, GraphFile, ParityRecord
@@ -109,6 +110,18 @@ def test_widths_double() -> None:
     assert Architecture(base_channels=6).widths == (6, 12, 24, 48, 96)
 
 
+def test_levels_may_have_channels_of_their_own() -> None:
+    architecture = Architecture(in_channels=1, base_channels=3, level_channels=(3, 4, 4, 5, 7))
+    assert architecture.widths == (3, 4, 4, 5, 7)
+    net = JointNet(architecture)
+    assert [code.shape[1] for code in net.encoder(torch.zeros(1, 1, 16, 16, 16))] == [3, 4, 4, 5, 7]
+
+
+@pytest.mark.parametrize("channels", [(8, 16), (8, 16, 32, 0, 64), (4, 16, 32, 64, 128)])
+def test_channels_that_are_no_five_levels(channels: tuple[int, ...]) -> None:
+    assert "level_channels" in refusal(base_channels=8, level_channels=channels)
+
+
 def test_the_registration_starts_near_the_identity() -> None:
     net = JointNet(Architecture(base_channels=2))
     assert net.registration is not None
@@ -208,8 +221,6 @@ def test_a_model_whose_parts_disagree(change: dict[str, Any]) -> None:
 
 
 def test_a_grid_too_small_for_instance_norm_is_refused() -> None:
-    import torch
-
     caught: Exception | None = None
     try:
         spec = ModelSpec(Architecture(base_channels=2, norm="instance"), grid=GridSpec((16, 16, 16)))

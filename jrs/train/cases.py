@@ -56,7 +56,9 @@ class CaseSource(Protocol):
 class MemoryCases:
     """Cases that are prepared when they are first used and kept as float16 (a ``CaseSource``)."""
 
-    def __init__(self, cases: Sequence[TrainingCase], model: ModelSpec, atlas: Volume, align: Align = "auto") -> None:
+    def __init__(
+        self, cases: Sequence[TrainingCase], model: ModelSpec, atlas: Volume, align: Align = "auto"
+    ) -> None:
         self.cases, self.model, self.atlas, self.align = list(cases), model, atlas, align
         self.grid = place_grid(model.grid, atlas)[0]
         self.has_structures = any(case.structures is not None for case in self.cases)
