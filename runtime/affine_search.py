@@ -96,7 +96,7 @@ class Scores:
         self._to_moving = moving.grid.inverse
         self._points = affine_coords(fixed.grid.shape, fixed.grid.affine).reshape(3, -1).astype(np.float64)
         self._fixed_bins = np.floor(_binned(fixed.data).ravel() + 0.5).astype(np.int64)
-        self._top = _top(moving.data)
+        self._top = top_of(moving.data)
 
     def of(self, matrices: Sequence[FloatArray]) -> FloatArray:
         """The mutual information under each 4x4 matrix; intensities in ``_BINS`` bins, moving ones shared linearly."""
@@ -120,19 +120,21 @@ class Scores:
         index = self._fixed_bins * _BINS + low
         counts = np.bincount(index, 1.0 - share, _BINS * _BINS) + np.bincount(index + 1, share, _BINS * _BINS)
         joint: FloatArray = counts.reshape(_BINS, _BINS).astype(np.float64) / values.size
-        return _entropy(joint.sum(axis=0)) + _entropy(joint.sum(axis=1)) - _entropy(joint)
+        return entropy(joint.sum(axis=0)) + entropy(joint.sum(axis=1)) - entropy(joint)
 
 
-def _top(data: Array) -> float:
+def top_of(data: Array) -> float:
+    """The intensity that the highest bin begins at: brighter voxels are few."""
     return max(float(np.percentile(data[data > 0], 99.5)) if (data > 0).any() else 1.0, 1e-12)
 
 
 def _binned(data: Array) -> Array:
-    binned: Array = np.clip(data * ((_BINS - 1) / _top(data)), 0.0, _BINS - 1)
+    binned: Array = np.clip(data * ((_BINS - 1) / top_of(data)), 0.0, _BINS - 1)
     return binned
 
 
-def _entropy(p: FloatArray) -> float:
+def entropy(p: FloatArray) -> float:
+    """Of a distribution, nats."""
     p = p[p > 0]
     return float(-(p * np.log(p)).sum())
 

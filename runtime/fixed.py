@@ -40,7 +40,7 @@ _SAMPLED = ("jrs.geometry", "jrs.volume", "jrs.runtime.sampling", "jrs.runtime.n
 _ENGINES = ("jrs.runtime.engines.base", "jrs.runtime.engines.openvino", "jrs.runtime.engines.onnxruntime")
 # The sources of what makes an entry of each kind.
 _CODE = {
-    "input": (*_SAMPLED, "jrs.runtime.preprocess", "jrs.runtime.affine_search"),
+    "input": (*_SAMPLED, "jrs.runtime.preprocess", "jrs.runtime.affine_search", "jrs.runtime.affine_climb"),
     "codes": (*_SAMPLED, "jrs.runtime.preprocess", *_ENGINES),
     "affine": (*_SAMPLED, "jrs.runtime.affine_search"),
     "pyramid": (*_SAMPLED, "jrs.runtime.refine"),

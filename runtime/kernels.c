@@ -1,5 +1,6 @@
-/* Trilinear sampling, resampling through a displacement field, and a field's inverse, for one thread's share of the
- * target. Python splits the work (jrs.runtime.native); nothing here allocates, locks or keeps a state.
+/* Trilinear sampling, resampling through a displacement field, a field's inverse and determinants, the sums of mutual
+ * information and its derivative, for one thread's share. Python splits the work (jrs.runtime.native); nothing here
+ * allocates, locks or keeps a state.
  *
  * Volumes are float32 in C order, (X,Y,Z) with `lanes` = 1, or (X,Y,Z,4) with `lanes` = 4: the channels of a voxel
  * beside one another, so that one load fetches all of a corner. Coordinates are voxel indices of the volume that is
@@ -413,6 +414,76 @@ EXPORT void jrs_invert_points(const float *field_data, const int64_t *field_shap
         left[m] = solved_from(&field, border, z, tolerance, evaluations, found);
         for (int axis = 0; axis < 3; axis++)
             v[axis * stride + m] = found[axis];
+    }
+}
+
+/* n samples of an image (one lane) at x (3, n), which `where` (3x4) leads to its voxels: their values and the values'
+ * derivatives along the voxels' axes as moved (4, n), -1 and zeros half a voxel outside and further; and their joint
+ * histogram, added to out (bins, bins). A row is a sample's bin of the other image; over its columns a cubic B-spline
+ * spreads the value, which has to lie at least one bin from the ends. */
+EXPORT void jrs_count(const float *data, const int64_t *shape, const double *where, const float *x, int64_t x_stride,
+                      const uint8_t *rows, int64_t n, int64_t bins, float *moved, int64_t moved_stride, double *out)
+{
+    volume_t v = {data, {shape[0], shape[1], shape[2]}, 1};
+    int64_t row = shape[2], plane = shape[1] * row;
+    float w[12];
+    for (int m = 0; m < 12; m++)
+        w[m] = (float)where[m];
+    for (int64_t m = 0; m < n; m++) {
+        float at[3], a, b, c, *to = moved + m;
+        for (int axis = 0; axis < 3; axis++)
+            at[axis] = w[4 * axis] * x[m] + w[4 * axis + 1] * x[x_stride + m] + w[4 * axis + 2] * x[2 * x_stride + m] +
+                       w[4 * axis + 3];
+        if (!within(&v, at[0], at[1], at[2])) {
+            to[0] = -1.0f;
+            to[moved_stride] = to[2 * moved_stride] = to[3 * moved_stride] = 0.0f;
+            continue;
+        }
+        int64_t di, dj, dk;
+        int64_t i = corner(at[0], shape[0], &di, &a), j = corner(at[1], shape[1], &dj, &b);
+        int64_t k = corner(at[2], shape[2], &dk, &c);
+        const float *p = data + i * plane + j * row + k;
+        const float *q = p + dj * row, *r = p + di * plane, *s = r + dj * row;
+        /* Along z first, then y, then x. */
+        float p1 = p[dk] - p[0], q1 = q[dk] - q[0], r1 = r[dk] - r[0], s1 = s[dk] - s[0];
+        float pp = p[0] + c * p1, qq = q[0] + c * q1, rr = r[0] + c * r1, ss = s[0] + c * s1;
+        float pz = p1 + b * (q1 - p1), rz = r1 + b * (s1 - r1);
+        float near = pp + b * (qq - pp), far = rr + b * (ss - rr), value = near + a * (far - near);
+        to[0] = value;
+        to[moved_stride] = far - near;
+        to[2 * moved_stride] = (qq - pp) + a * ((ss - rr) - (qq - pp));
+        to[3 * moved_stride] = pz + a * (rz - pz);
+        int64_t low = (int64_t)value;
+        float t = value - (float)low, u = 1.0f - t, t2 = t * t, t3 = t2 * t;
+        double *cells = out + rows[m] * bins + low - 1;
+        cells[0] += u * u * u / 6.0f;
+        cells[1] += (3.0f * t3 - 6.0f * t2 + 4.0f) / 6.0f;
+        cells[2] += (-3.0f * t3 + 3.0f * t2 + 3.0f * t + 1.0f) / 6.0f;
+        cells[3] += t3 / 6.0f;
+    }
+}
+
+/* The sum over such samples of s grad (x, 1)^T, added to out (3,4): s is the derivative of the spline's mean over a row
+ * of `table` (bins, bins) by the value. */
+EXPORT void jrs_slope(const float *moved, int64_t moved_stride, const float *x, int64_t x_stride, const uint8_t *rows,
+                      int64_t n, int64_t bins, const float *table, double *out)
+{
+    for (int64_t m = 0; m < n; m++) {
+        float q = moved[m];
+        if (!(q >= 0.0f))
+            continue;
+        int64_t low = (int64_t)q;
+        float t = q - (float)low, r = 1.0f - t, t2 = t * t;
+        const float *l = table + rows[m] * bins + low - 1;
+        float s = 0.5f * (-r * r * l[0] + (3.0f * t2 - 4.0f * t) * l[1] + (-3.0f * t2 + 2.0f * t + 1.0f) * l[2] +
+                          t2 * l[3]);
+        for (int axis = 0; axis < 3; axis++) {
+            double force = s * moved[(axis + 1) * moved_stride + m];
+            out[4 * axis] += force * x[m];
+            out[4 * axis + 1] += force * x[x_stride + m];
+            out[4 * axis + 2] += force * x[2 * x_stride + m];
+            out[4 * axis + 3] += force;
+        }
     }
 }
 

@@ -25,6 +25,8 @@ LANES = 4
 
 _POINTER, _I64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
+    "jrs_count": [*[_POINTER] * 4, _I64, _POINTER, _I64, _I64, _POINTER, _I64, _POINTER],
+    "jrs_slope": [_POINTER, _I64, _POINTER, _I64, _POINTER, _I64, _I64, _POINTER, _POINTER],
     "jrs_jacobian": [_POINTER, _POINTER, _POINTER, _I64, _I64, _POINTER],
     "jrs_lay_out": [_POINTER] * 7 + [_I64, _I64, _POINTER],
     "jrs_sample": [_POINTER, _POINTER, _I64, _I64, _POINTER, _I64, _I64, _INT, _FLOAT, _POINTER, _I64],
@@ -163,4 +165,29 @@ def invert_points(
     _loaded().jrs_invert_points(
         *(_at(field), _at(shape), _at(points), points.strides[0] // 4, points.shape[1]),
         *(int(border), tolerance, evaluations, _at(v), _at(left)),
+    )
+
+
+def count(
+    volume: Array,
+    where: FloatArray,
+    points: Array,
+    rows: npt.NDArray[np.uint8],
+    bins: int,
+    moved: Array,
+    out: FloatArray,
+) -> None:
+    """``jrs_count``: ``points`` (3,n) and ``moved`` (4,n) may be slices of their last axis, ``out`` is (bins*bins,)."""
+    shape, matrix = _shape(volume.shape), _rows(where)
+    _loaded().jrs_count(
+        *(_at(volume), _at(shape), _at(matrix), _at(points), points.strides[0] // 4),
+        *(_at(rows), rows.size, bins, _at(moved), moved.strides[0] // 4, _at(out)),
+    )
+
+
+def slope(moved: Array, points: Array, rows: npt.NDArray[np.uint8], table: Array, out: FloatArray) -> None:
+    """``jrs_slope``: ``moved`` and ``points`` as in ``count``, ``table`` (bins,bins), ``out`` (12,)."""
+    _loaded().jrs_slope(
+        *(_at(moved), moved.strides[0] // 4, _at(points), points.strides[0] // 4),
+        *(_at(rows), rows.size, table.shape[0], _at(table), _at(out)),
     )
