@@ -13,7 +13,8 @@ setup(
     ext_modules=[
         Extension(
             "jrs.runtime._kernels",
-            ["runtime/kernels.c"],
+            ["runtime/kernels.c", "runtime/refinement.c"],
+            depends=["runtime/kernels.h"],
             extra_compile_args=FAST,
             py_limited_api=True,
             optional=True,

@@ -50,7 +50,7 @@ DATA = (
 )
 DEFAULT_BUNDLE = "jrs/data/bundles/default"
 # The kernels, compiled for the stable ABI.
-SOURCES = ("setup.py", "runtime/kernels.c")
+SOURCES = ("setup.py", "runtime/kernels.c", "runtime/kernels.h", "runtime/refinement.c")
 COMPILED = re.compile(r"jrs/runtime/_kernels\.(abi3\.so|pyd)")
 # Where else than in pyproject.toml the version stands.
 VERSIONS = {"jrs/__init__.py": r'^__version__ = "(.+)"$', "CITATION.cff": r"^version: (.+)$"}

@@ -22,17 +22,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from jrs.export.custom_op import DOMAIN, IR_VERSION, OP_TYPE, OPSET, add_function
+from jrs.runtime.refine_level import FORCE_FLOOR, LEAST_WEIGHT, SMALLEST_VARIANCE, VARIANCE_FLOOR, WINDOW
 
-WINDOW = 5
-"""Voxels along each side of the window that correlation is taken over."""
-_VARIANCE_FLOOR = 2e-2
-"""Added to each window's variances, of images of unit variance: noise in flat regions pulls on nothing."""
-_SMALLEST_VARIANCE = 1e-5
-"""Far above what rounding leaves of a variance of zero."""
-_LEAST_WEIGHT = 0.21
-"""A window with less of its weight than this is not compared. No whole number of voxels, or rounding would decide."""
-_FORCE_FLOOR = 1.0
-"""Forces as long as this move by ``step``; where all are shorter, images nearly agree and updates shrink with them."""
 _END = 2**62
 
 
@@ -170,14 +161,14 @@ def _fixed_side(graph: _Graph) -> None:
     """What does not change from iteration to iteration, under names that the loop's body uses."""
     graph.op("Transpose", "fixed", perm=[1, 0, 2, 3, 4], output="f")
     amount = graph.box("weights", 1)
-    enough = graph.op("Greater", amount, _LEAST_WEIGHT)
-    inverse = graph.op("Reciprocal", graph.op("Max", amount, _LEAST_WEIGHT))
+    enough = graph.op("Greater", amount, LEAST_WEIGHT)
+    inverse = graph.op("Reciprocal", graph.op("Max", amount, LEAST_WEIGHT))
     graph.op("Where", enough, inverse, 0.0, output="inverse_amount")
     weighted = graph.op("Mul", "weights", "f")
     means = graph.op("Concat", weighted, graph.op("Mul", weighted, "f"), axis=1)
     mean, square = graph.parts(graph.op("Mul", graph.box(means, 2), "inverse_amount"), 2)
     graph.op("Identity", mean, output="f_mean")
-    floored = graph.op("Add", _variance(graph, mean, square), _VARIANCE_FLOOR)
+    floored = graph.op("Add", _variance(graph, mean, square), VARIANCE_FLOOR)
     graph.op("Reciprocal", floored, output="f_precision")
     windows = graph.op("ReduceSum", graph.op("Cast", enough, to=TensorProto.FLOAT), keepdims=0)
     channels = graph.op("Cast", graph.op("Squeeze", graph.op("Shape", "fixed", start=1, end=2)), to=TensorProto.FLOAT)
@@ -209,7 +200,7 @@ def _loop_body(graph: _Graph) -> None:
     update = graph.convolved(graph.op("Concat", *forces, axis=0), *_kernels("update"))
     square = graph.op("ReduceSum", graph.op("Mul", update, update), graph.ints(0))
     longest = graph.op("Sqrt", graph.op("ReduceMax", square, keepdims=0))
-    scale = graph.op("Div", "step", graph.op("Max", longest, _FORCE_FLOOR))
+    scale = graph.op("Div", "step", graph.op("Max", longest, FORCE_FLOOR))
     d = graph.op("Mul", update, scale)
     graph.op("Identity", _composed(graph, d), output="new_u")
     _bookkeeping(graph, similarity)
@@ -226,12 +217,12 @@ def _correlation(graph: _Graph, m: str) -> tuple[str, str]:
     mean, square, product = graph.parts(graph.op("Mul", graph.box(means, 3), "inverse_amount"), 3)
     variance = _variance(graph, mean, square)
     covariance = graph.op("Sub", product, graph.op("Mul", mean, "f_mean"))
-    floored = graph.op("Add", variance, _VARIANCE_FLOOR)
+    floored = graph.op("Add", variance, VARIANCE_FLOOR)
     ratio = graph.op("Div", graph.op("Mul", covariance, "f_precision"), floored)
     total = graph.op("ReduceSum", graph.op("Mul", ratio, covariance), keepdims=0)
     a = graph.op("Mul", ratio, "inverse_amount")
     # The floors are weights of the windows, not parts of what is differentiated: they would ask for contrast.
-    b = graph.op("Mul", a, graph.op("Div", covariance, graph.op("Max", variance, _SMALLEST_VARIANCE)))
+    b = graph.op("Mul", a, graph.op("Div", covariance, graph.op("Max", variance, SMALLEST_VARIANCE)))
     c = graph.op("Sub", graph.op("Mul", a, "f_mean"), graph.op("Mul", b, mean))
     a, b, c = graph.parts(graph.box(graph.op("Concat", a, b, c, axis=1), 3), 3)
     slope = graph.op("Sub", graph.op("Sub", graph.op("Mul", "f", a), graph.op("Mul", m, b)), c)

@@ -29,6 +29,10 @@ _ARGUMENTS = {
     "jrs_slope": [_POINTER, _I64, _POINTER, _I64, _POINTER, _I64, _I64, _POINTER, _POINTER],
     "jrs_jacobian": [_POINTER, _POINTER, _POINTER, _I64, _I64, _POINTER],
     "jrs_lay_out": [_POINTER] * 7 + [_I64, _I64, _POINTER],
+    "jrs_force": [_POINTER, _I64, _I64, *[_POINTER] * 6, _FLOAT, _FLOAT, _INT, *[_POINTER] * 3],
+    "jrs_smooth": [_POINTER, _I64, _I64, _POINTER, _POINTER, _FLOAT, _POINTER, _I64, *[_POINTER] * 3],
+    "jrs_warp": [_POINTER, _POINTER, _I64, _I64, _POINTER, _I64, _I64, _POINTER],
+    "jrs_windows": [_POINTER, _I64, _I64, _POINTER, _POINTER, _FLOAT, _FLOAT, *[_POINTER] * 5],
     "jrs_sample": [_POINTER, _POINTER, _I64, _I64, _POINTER, _I64, _I64, _INT, _FLOAT, _POINTER, _I64],
     "jrs_pull": [
         *(_POINTER, _I64, _I64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
@@ -190,4 +194,74 @@ def slope(moved: Array, points: Array, rows: npt.NDArray[np.uint8], table: Array
     _loaded().jrs_slope(
         *(_at(moved), moved.strides[0] // 4, _at(points), points.strides[0] // 4),
         *(_at(rows), rows.size, table.shape[0], _at(table), _at(out)),
+    )
+
+
+# The refinement, in ``refinement.c`` ----------------------------------------------------------------------
+
+
+def warp(planes: tuple[int, int], volume: Array, lanes: int, u: Array, out: Array) -> None:
+    """``jrs_warp`` for some planes of ``out`` (C,X,Y,Z); ``u`` (3,X,Y,Z) in voxels."""
+    shape = _shape(out.shape[1:])
+    _loaded().jrs_warp(_at(volume), _at(shape), lanes, out.shape[0], _at(u), *planes, _at(out))
+
+
+def windows(
+    planes: tuple[int, int],
+    fixed: Array,
+    weights: Array,
+    least: float,
+    floor: float,
+    scratch: Array,
+    inverse: Array,
+    mean: Array,
+    precision: Array,
+    found: FloatArray,
+) -> None:
+    """``jrs_windows`` for some planes; images (X,Y,Z), ``found`` (X,)."""
+    shape = _shape(fixed.shape)
+    _loaded().jrs_windows(
+        *(_at(shape), *planes, _at(fixed), _at(weights), least, floor, _at(scratch)),
+        *(_at(inverse), _at(mean), _at(precision), _at(found)),
+    )
+
+
+def force(
+    planes: tuple[int, int],
+    fixed: Array,
+    moved: Array,
+    weights: Array,
+    inverse: Array,
+    mean: Array,
+    precision: Array,
+    floor: float,
+    smallest: float,
+    first: bool,
+    scratch: Array,
+    out: Array,
+    similarity: FloatArray,
+) -> None:
+    """``jrs_force`` for some planes of ``out`` (3,X,Y,Z); images (X,Y,Z), ``similarity`` (X,)."""
+    shape = _shape(fixed.shape)
+    _loaded().jrs_force(
+        *(_at(shape), *planes, _at(fixed), _at(moved), _at(weights), _at(inverse), _at(mean), _at(precision)),
+        *(floor, smallest, int(first), _at(scratch), _at(out), _at(similarity)),
+    )
+
+
+def smooth(
+    planes: tuple[int, int],
+    field: Array,
+    update: Array | None,
+    scale: float,
+    kernel: Array,
+    scratch: Array,
+    out: Array,
+    largest: Array,
+) -> None:
+    """``jrs_smooth`` for some planes of ``out`` (3,X,Y,Z); ``largest`` (X,)."""
+    shape = _shape(field.shape[1:])
+    _loaded().jrs_smooth(
+        *(_at(shape), *planes, _at(field), _at(update), scale, _at(kernel), kernel.size // 2),
+        *(_at(scratch), _at(out), _at(largest)),
     )

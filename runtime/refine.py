@@ -11,8 +11,10 @@ neither shrinks nor swells them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,9 +24,11 @@ from jrs.errors import BadDataError
 from jrs.fields import DisplacementField
 from jrs.geometry import FloatArray, Geometry
 from jrs.resources import DATA
+from jrs.runtime import native
 from jrs.runtime.affine import foreground_box
 from jrs.runtime.cases import Case
-from jrs.runtime.engines import EngineOptions, open_engine
+from jrs.runtime.engines import EngineOptions, on_gpu, open_engine
+from jrs.runtime.refine_level import refine_level
 from jrs.runtime.sampling import affine_coords, resample_affine
 from jrs.runtime.transform import displacement_on, to_voxel_coords
 from jrs.runtime.tumors import HALF_DIAGONAL, Tumors
@@ -219,13 +223,11 @@ class Refiner:
         ``Transform`` says.
         """
         field, done = start, []
-        options = EngineOptions("fp32", self.threads)
-        # Opened anew each time, so that the memory it worked in is given back.
-        with open_engine(GRAPH, "refinement", self.backend, options) as engine:
+        with self._level() as level_by:
             for index, (level, grid) in enumerate(zip(fixed.levels, fixed.grids, strict=True)):
                 u_mm = displacement_on(field, grid, self.threads)
                 linear = np.linalg.inv(grid.affine[:3, :3]).astype(np.float32)
-                result = engine(
+                result = level_by(
                     {
                         "fixed": fixed.images[index],
                         "moving": moving.images[index],
@@ -243,6 +245,17 @@ class Refiner:
                 field = DisplacementField(moving.tumors.stiffened(field.vectors_mm, grid), grid)
         spacings = tuple(level.spacing_mm for level in fixed.levels)
         return Refined(field, before, after, tuple(done), spacings, moving.modalities)
+
+
+    @contextmanager
+    def _level(self) -> Iterator[Callable[[dict[str, Array]], Mapping[str, Array]]]:
+        """What works a level off: on the CPU the kernels, where they were compiled, else the graph."""
+        if native.available() and not on_gpu(self.backend):
+            yield partial(refine_level, threads=self.threads)
+            return
+        # Opened anew each time, so that the memory it worked in is given back.
+        with open_engine(GRAPH, "refinement", self.backend, EngineOptions("fp32", self.threads)) as engine:
+            yield engine
 
 
 def _weights(moving: Pyramid, fixed: Pyramid, u_mm: Array, grid: Geometry) -> Array:

@@ -120,6 +120,16 @@ class Sampled:
         in_threads(work, flat.shape[1], self.threads, flat.shape[1])
         return out.reshape(self.channels, *coords.shape[1:])
 
+    def warped(self, u: Array, out: Array) -> None:
+        """Values at x + ``u`` (3,X,Y,Z), voxels, the border repeated, into ``out`` (C,X,Y,Z); by the kernels alone."""
+
+        def work(start: int, stop: int) -> None:
+            for index, (volume, lanes, channels) in enumerate(self._groups):
+                first = index * native.LANES
+                native.warp((start, stop), volume, lanes, u, out[first : first + channels])
+
+        in_threads(work, out.shape[1], self.threads, u[0].size)
+
     def pull(
         self,
         shape: Shape,

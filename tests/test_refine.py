@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from scipy import ndimage
 from jrs.errors import BadDataError
 from jrs.fields import DisplacementField, jacobian_determinant
 from jrs.geometry import Geometry
+from jrs.runtime import native
 from jrs.runtime.cases import Case
 from jrs.runtime.engines import EngineOptions, available_backends, open_engine
 from jrs.runtime.pipeline import Pipeline
 from jrs.runtime.preprocess import NetworkInput
 from jrs.runtime.refine import GRAPH, LEVELS, Refined, Refiner, gaussian, level_grids
+from jrs.runtime.refine_level import refine_level
 from jrs.runtime.sampling import affine_coords
 from jrs.runtime.transform import Transform
 from jrs.runtime.tumors import Tumors, shows_tumors
@@ -28,10 +31,16 @@ ONE = np.ones(1, dtype=np.float32)
 FLOOR = 2e-2  # of a window's variance, in images of unit variance
 
 
-@pytest.fixture(scope="module")
-def run() -> Callable[..., dict[str, Array]]:
-    """One level of the shipped graph; by default a single unsmoothed step from no displacement."""
-    engine = open_engine(GRAPH, "refinement", "ort-cpu", EngineOptions(threads=1))
+@pytest.fixture(scope="module", params=["graph", "compiled, 1", "compiled, 3"])
+def run(request: Any) -> Callable[..., dict[str, Array]]:
+    """One level of the graph, or by the kernels that do its work; by default one unsmoothed step from zero."""
+    engine: Callable[[dict[str, Array]], Any]
+    if request.param == "graph":
+        engine = open_engine(GRAPH, "refinement", "ort-cpu", EngineOptions(threads=1))
+    elif native.available():
+        engine = partial(refine_level, threads=int(request.param[-1]))
+    else:
+        pytest.skip("the kernels were not compiled")
 
     def once(fixed: Array, moving: Array, weights: Array | None = None, **changes: Any) -> dict[str, Array]:
         shape = fixed.shape[1:]
@@ -344,18 +353,66 @@ def test_an_empty_image_is_refused(pair: tuple[Volume, Volume, Geometry]) -> Non
 # Engines and the shipped graph -------------------------------------------------------------------------------
 
 
-def test_every_backend_gives_the_same(pair: tuple[Volume, Volume, Geometry]) -> None:
+def test_every_backend_gives_the_same(pair: tuple[Volume, Volume, Geometry], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the graph, and by the compiled kernels, which serve every backend of the CPU."""
     moving, fixed, grid = pair
     none = Tumors(None, grid)
     start = DisplacementField(np.zeros((3, *grid.shape), dtype=np.float32), grid)
-    fields = [
-        Refiner(backend, threads=1)
-        .refine_case((case(t1=moving), none), (case(t1=fixed), none), np.eye(4), start, 1)[0]
-        .displacement.vectors_mm
-        for backend in available_backends()
-    ]
-    for vectors in fields[1:]:
-        np.testing.assert_allclose(vectors, fields[0], atol=1e-3)
+
+    def vectors(backend: str) -> Array:
+        images = (case(t1=moving), none), (case(t1=fixed), none)
+        return Refiner(backend, threads=1).refine_case(*images, np.eye(4), start, 1)[0].displacement.vectors_mm
+
+    fields = [vectors("ort-cpu")]
+    monkeypatch.setenv("JRS_KERNELS", "off")
+    fields += [vectors(backend) for backend in available_backends()]
+    for field in fields[1:]:
+        np.testing.assert_allclose(field, fields[0], atol=1e-3)
+
+
+@pytest.mark.skipif(not native.available(), reason="the kernels were not compiled")
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_the_kernels_follow_the_graph(channels: int) -> None:
+    """Many iterations with smoothing and a mask, planes shared by threads; the threads change no bit."""
+    rng = np.random.default_rng(11)
+    shape = (41, 27, 33)
+    fixed = smooth_noise(rng, (channels, *shape), 2.0)
+    weights = rng.uniform(0.0, 1.0, shape)
+    weights[10:20, 5:15, 3:18] = 0.0
+    inputs: dict[str, Any] = {
+        "fixed": fixed[None],
+        "moving": (np.roll(fixed, 2, axis=2) + 0.1 * smooth_noise(rng, (channels, *shape)))[None],
+        "weights": weights[None, None],
+        "displacement": 0.7 * smooth_noise(rng, (3, *shape), 4.0)[None],
+        "update_kernel": gaussian(1.0),
+        "field_kernel": gaussian(0.4),
+        "step": np.array(1.0),
+        "iterations": np.array(6.0),
+    }
+    inputs = {name: np.asarray(value, dtype=np.float32) for name, value in inputs.items()}
+    want = open_engine(GRAPH, "refinement", "ort-cpu", EngineOptions(threads=1))(inputs)
+    one, two, five = (refine_level(inputs, threads) for threads in (1, 2, 5))
+    assert one["done"] == want["done"] == 6
+    np.testing.assert_allclose(one["similarity"], want["similarity"], atol=1e-5)
+    np.testing.assert_allclose(one["refined"], want["refined"], atol=2e-3)
+    assert np.abs(want["refined"] - inputs["displacement"]).max() > 1.0
+    for other in (two, five):
+        for name, value in one.items():
+            np.testing.assert_array_equal(other[name], value)
+
+
+@pytest.mark.skipif(not native.available(), reason="the kernels were not compiled")
+def test_the_kernels_leave_their_inputs_alone() -> None:
+    rng = np.random.default_rng(12)
+    images = smooth_noise(rng, (2, 14, 12, 13))[:, None]
+    inputs = {"fixed": images[:1], "moving": images[1:], "weights": np.ones((1, 1, 14, 12, 13), dtype=np.float32)}
+    inputs |= {"displacement": smooth_noise(rng, (3, 14, 12, 13), 3.0)[None]}
+    inputs |= {"update_kernel": gaussian(1.0), "field_kernel": ONE}
+    inputs |= {"step": np.array(1.0, dtype=np.float32), "iterations": np.array(3.0, dtype=np.float32)}
+    before = {name: value.copy() for name, value in inputs.items()}
+    refine_level(inputs, 1)
+    for name, value in before.items():
+        np.testing.assert_array_equal(inputs[name], value)
 
 
 def test_the_shipped_graph_is_the_one_the_code_makes() -> None:
