@@ -37,7 +37,7 @@ from jrs.volume import Volume, foreground_mask
 Array = npt.NDArray[np.float32]
 
 GRAPH = DATA / "graphs" / "refine.onnx"
-DEFAULT_ITERATIONS = 4
+DEFAULT_ITERATIONS = 8
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,10 @@ _WORTHWHILE = 0.6
 
 @dataclass(frozen=True)
 class Refined:
-    """``displacement`` on the finest level's grid; mean squared local correlation there before and after."""
+    """``displacement`` on the finest level's grid; mean squared local correlation there before and after.
+
+    ``iterations`` of a level that did not raise it are 0, for what it did was dropped.
+    """
 
     displacement: DisplacementField
     similarity_before: float
@@ -239,10 +242,15 @@ class Refiner:
                         "iterations": np.array(iterations * level.share, dtype=np.float32),
                     }
                 )
-                done.append(int(result["done"]))
                 before, after = (float(value) for value in result["similarity"])
-                field = DisplacementField.from_voxels(result["refined"][0], grid)
-                field = DisplacementField(moving.tumors.stiffened(field.vectors_mm, grid), grid)
+                if after >= before:
+                    done.append(int(result["done"]))
+                    u_mm = DisplacementField.from_voxels(result["refined"][0], grid).vectors_mm
+                else:
+                    # The coarse level is stiff: all that it can do to a good start is to smooth it.
+                    done.append(0)
+                    after = before
+                field = DisplacementField(moving.tumors.stiffened(u_mm, grid), grid)
         spacings = tuple(level.spacing_mm for level in fixed.levels)
         return Refined(field, before, after, tuple(done), spacings, moving.modalities)
 

@@ -19,10 +19,10 @@ from jrs.runtime.cases import Case
 from jrs.runtime.engines import EngineOptions, available_backends, open_engine
 from jrs.runtime.pipeline import Pipeline
 from jrs.runtime.preprocess import NetworkInput
-from jrs.runtime.refine import GRAPH, LEVELS, Refined, Refiner, gaussian, level_grids
+from jrs.runtime.refine import GRAPH, LEVELS, Refined, Refiner, gaussian, level_grids, pyramid
 from jrs.runtime.refine_level import refine_level
-from jrs.runtime.sampling import affine_coords
-from jrs.runtime.transform import Transform
+from jrs.runtime.sampling import Sampled, affine_coords
+from jrs.runtime.transform import Transform, displacement_on
 from jrs.runtime.tumors import Tumors, shows_tumors
 from jrs.volume import Volume
 
@@ -299,6 +299,27 @@ def test_a_start_is_improved_not_forgotten(pair: tuple[Volume, Volume, Geometry]
         (case(t1=moving), none), (case(t1=fixed), none), np.eye(4), truth, 1
     )
     assert errors(found, fixed)[0].mean() < 0.3
+
+
+def test_a_level_that_worsens_a_good_start_is_dropped(pair: tuple[Volume, Volume, Geometry]) -> None:
+    """The coarse level smooths the truth, to no use: its result counts for nothing, the start goes on as it is."""
+    moving, _, grid = pair
+    # Waves of some 25 mm, which the level's kernels flatten.
+    vectors = waves(7.0 * affine_coords(grid.shape, grid.affine), 1.5)
+    truth = DisplacementField(vectors.astype(np.float32), grid)
+    none = Tumors(None, grid)
+    # Of the fixed image moved by the truth, so that nothing is left to find.
+    exact = Transform(np.eye(4), truth, 1).pull(Sampled(moving.data[None], 1), moving.geometry, grid)[0]
+    images = case(t1=moving), case(t1=Volume(exact, grid))
+    levels, grids = level_grids(moving, images[1].images["t1"], "RAS")
+    sides = [pyramid(c.images, ["t1"], levels[:1], grids[:1], np.eye(4), none, 1) for c in images]
+    found = Refiner("ort-cpu", threads=1).refine(*sides, truth, 4)
+    assert found.iterations == (0,) and found.similarity_after == found.similarity_before
+    np.testing.assert_array_equal(found.displacement.vectors_mm, displacement_on(truth, grids[0], 1))
+    # From no displacement the same level is of use.
+    zero = DisplacementField(np.zeros_like(truth.vectors_mm), grid)
+    again = Refiner("ort-cpu", threads=1).refine(*sides, zero, 4)
+    assert again.iterations[0] > 0 and again.similarity_after > again.similarity_before
 
 
 def test_part_of_the_head_outside_the_moving_image(pair: tuple[Volume, Volume, Geometry]) -> None:
