@@ -21,7 +21,22 @@ def start() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     from jrs.cli.main import main
 
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if sys.argv[1:2] == ["infer"] and isinstance(end.code, int):
+            _leave(end.code)
+        raise
+
+
+def _leave(code: int) -> None:
+    """End at once: all is written and closed, and to take Python and the engines down piece by piece costs 0.15 s."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        return  # Python's own end has words for that
+    os._exit(code)
 
 
 def wants_large_pages(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:

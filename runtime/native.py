@@ -1,7 +1,7 @@
-"""The compiled kernels of ``kernels.c``, called through ctypes: one thread's share a call, with no lock held.
+"""The compiled kernels of ``kernels.c`` and ``refinement.c``, called through ctypes: one thread's share, no lock held.
 
-They are built with the package where there is a C compiler. Without them `jrs.runtime.sampling` and
-`jrs.runtime.inversion` do the same by ONNX Runtime and NumPy, several times slower; ``JRS_KERNELS=off`` asks for that.
+They are built with the package where there is a C compiler. Without them ONNX Runtime and NumPy do the same, several
+times slower; ``JRS_KERNELS=off`` asks for that.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def available() -> bool:
 def status() -> str:
     """What ``jrs doctor`` says of them."""
     if _loaded() is None:
-        return "not compiled, resampling is slower; install a C compiler and then jrs again"
+        return "not compiled, resampling and refinement are slower; install a C compiler and then jrs again"
     return "compiled" if available() else "turned off by JRS_KERNELS"
 
 

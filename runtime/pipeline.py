@@ -42,7 +42,7 @@ from jrs.runtime.results import Result
 from jrs.runtime.sampling import Sampled
 from jrs.runtime.transform import Transform
 from jrs.runtime.transform_files import load_affine
-from jrs.runtime.tumors import Tumors, shows_tumors
+from jrs.runtime.tumors import Tumors, drop_specks, shows_tumors, smallest_ml
 from jrs.volume import occupied
 
 Array = npt.NDArray[np.float32]
@@ -184,7 +184,8 @@ class Pipeline:
         probabilities = None
         if options.segment and spec.architecture.segmentation:
             with clock.stage("segmentation"):
-                probabilities = self.network.segment(codes)
+                probabilities, note = self._segmented(codes, inputs)
+            warnings += note
         found = self._deformation(moving, fixed, inputs, both, probabilities, affine, options.refine, clock)
         del codes, both  # 0.16 GB at 1 mm
         warnings += [*self.network.notes, *found.notes]
@@ -279,13 +280,26 @@ class Pipeline:
             moved = _moved_again(inputs.tensor[0], refined.displacement, fixed.grid, self.threads)
         return _Deformation(refined.displacement, moved, record, tuple(notes))
 
+    def _segmented(self, codes: Codes, image: NetworkInput) -> tuple[Array, list[str]]:
+        """Probabilities (K,X,Y,Z) without regions too small to be believed, and what to say of those."""
+        probabilities = self.network.segment(codes)
+        channels = self.network.bundle.manifest.model.channels
+        least = smallest_ml(image, channels)
+        dropped = drop_specks(probabilities, image.grid, least)
+        if not dropped or shows_tumors(image, channels):
+            return probabilities, []
+        return probabilities, [
+            f"{dropped:.2g} ml were left out of the labels: regions below {least:g} ml, which T1 alone does not tell "
+            "from healthy tissue"
+        ]
+
     def _tumors(self, probabilities: Array | None, fixed: FixedImage) -> Tumors:
         """What to leave out of the fixed image; an atlas that ships with jrs is healthy."""
         channels = self.network.bundle.manifest.model.channels
         if probabilities is None or fixed.healthy or not shows_tumors(fixed.input, channels):
             return Tumors(None, fixed.grid)
         if fixed.tumors is None:
-            fixed.tumors = Tumors.found(self.network.segment(fixed.codes), fixed.grid, self.threads)
+            fixed.tumors = Tumors.found(self._segmented(fixed.codes, fixed.input)[0], fixed.grid, self.threads)
         return fixed.tumors
 
     def _affine(

@@ -72,7 +72,7 @@ INLINED void sum_plane(const float *in, int64_t ny, int64_t nz, float *line, flo
     }
 }
 
-/* Rings of `count` quantities' planes, and what summing a plane needs. */
+/* The sizes of a plane, and the room to sum one in. */
 typedef struct {
     int64_t ny, nz, plane;
     float *line, *rows, *zeros, *product;

@@ -15,6 +15,7 @@ from jrs.runtime.labels import foreground
 from jrs.runtime.preprocess import NetworkInput
 from jrs.runtime.sampling import affine_coords, sample
 from jrs.runtime.transform import to_voxel_coords
+from jrs.volume import occupied
 
 Array = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -29,6 +30,10 @@ _FREE_MM = 14.0
 """From this distance on the surroundings deform freely."""
 _SMALLEST_ML = 0.5
 """Smaller lesions are not compared but deform with their surroundings."""
+_SPECK_ML = 0.05
+"""Smaller regions are noise, with whatever modalities; BraTS' lesion-wise scores leave out true ones of that size."""
+_FAINT_ML = 1.0
+"""Smaller regions are left out where T1 alone was there to see them by: healthy brains have some."""
 _PASSES = 2
 _FAR_MM = 1e6
 HALF_DIAGONAL = 0.87
@@ -43,6 +48,25 @@ def shows_tumors(image: NetworkInput, channels: Sequence[str]) -> bool:
     """Whether the tumour of an image can be believed: not from T1 alone by a network that knows better modalities."""
     telling = [there for channel, there in zip(channels, image.present, strict=True) if channel in _TELLING]
     return not telling or any(telling)
+
+
+def smallest_ml(image: NetworkInput, channels: Sequence[str]) -> float:
+    """The volume from which on a region that was segmented in an image counts as a lesion."""
+    return _SPECK_ML if shows_tumors(image, channels) else _FAINT_ML
+
+
+def drop_specks(probabilities: Array, grid: Geometry, least_ml: float) -> float:
+    """Make background of connected regions smaller than ``least_ml``, in ``probabilities`` (K,X,Y,Z); ml dropped."""
+    mask = foreground(probabilities)
+    if not mask.any():
+        return 0.0
+    box = occupied([mask])
+    labels = _labelled(mask[box])
+    counts = np.bincount(labels.ravel())
+    small = counts * grid.voxel_volume_ml < least_ml
+    small[0] = False
+    probabilities[(slice(None), *box)][:, small[labels]] = np.eye(len(probabilities), 1, dtype=np.float32)
+    return float(counts[small].sum() * grid.voxel_volume_ml)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +205,13 @@ def _distance_mm(mask: Mask, grid: Geometry) -> Array:
     return array
 
 
-def _components(mask: Mask) -> list[Mask]:
+def _labelled(mask: Mask) -> npt.NDArray[np.uint32]:
+    """Connected regions, numbered from 1; voxels that touch at a corner are connected."""
     sitk, image = _image(mask, (1.0, 1.0, 1.0))
-    labels = sitk.GetArrayFromImage(sitk.ConnectedComponent(image, True)).transpose(2, 1, 0)
+    labels: npt.NDArray[np.uint32] = sitk.GetArrayFromImage(sitk.ConnectedComponent(image, True)).transpose(2, 1, 0)
+    return labels
+
+
+def _components(mask: Mask) -> list[Mask]:
+    labels = _labelled(mask)
     return [labels == index for index in range(1, int(labels.max()) + 1)]

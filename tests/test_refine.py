@@ -23,7 +23,7 @@ from jrs.runtime.refine import GRAPH, LEVELS, Refined, Refiner, gaussian, level_
 from jrs.runtime.refine_level import refine_level
 from jrs.runtime.sampling import Sampled, affine_coords
 from jrs.runtime.transform import Transform, displacement_on
-from jrs.runtime.tumors import Tumors, shows_tumors
+from jrs.runtime.tumors import Tumors, shows_tumors, smallest_ml
 from jrs.volume import Volume
 
 Array = np.ndarray[Any, Any]
@@ -517,3 +517,27 @@ def test_a_tumour_seen_in_t1_alone_is_not_let_go_of(
     empty = np.zeros((len(channels), 2, 2, 2), dtype=np.float32)
     image = NetworkInput(empty[None], present, Geometry((2, 2, 2), np.eye(4)))
     assert shows_tumors(image, channels) is believed
+    assert smallest_ml(image, channels) == (0.05 if believed else 1.0)
+
+
+def test_small_regions_seen_in_t1_alone_are_left_out(
+    pipeline: Pipeline, phantom: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the report says so; with the other modalities the same region stays."""
+    segment = pipeline.network.segment
+
+    def with_a_spot(codes: Any) -> Array:
+        found = np.zeros_like(segment(codes))
+        found[0] = 1.0
+        # Half a millilitre in voxels of 5 mm.
+        found[:, 14:16, 14:16, 14] = np.eye(len(found), dtype=np.float32)[2].reshape(-1, 1, 1)
+        return found
+
+    monkeypatch.setattr(pipeline.network, "segment", with_a_spot)
+    whole = pipeline.infer(phantom.folder, phantom.atlas, refine=0, inverse=False)
+    t1 = next(Path(phantom.folder).glob("*t1.nii.gz"))
+    alone = pipeline.infer(None, phantom.atlas, modalities={"t1": t1}, refine=0, inverse=False)
+    assert whole.volumes_ml is not None and whole.volumes_ml["native"]["WT"] > 0
+    assert alone.volumes_ml is not None and alone.volumes_ml["native"]["WT"] == 0
+    assert [w for w in alone.warnings if "left out of the labels" in w and "\n" not in w]
+    assert not [w for w in whole.warnings if "left out" in w]

@@ -13,7 +13,7 @@ from jrs.geometry import Geometry
 from jrs.runtime.cases import Case
 from jrs.runtime.refine import Refiner
 from jrs.runtime.sampling import affine_coords
-from jrs.runtime.tumors import Tumors
+from jrs.runtime.tumors import Tumors, drop_specks
 from jrs.volume import Volume
 
 Array = np.ndarray[Any, Any]
@@ -44,6 +44,27 @@ def test_none_found(grid: Geometry) -> None:
         assert np.all(tumors.weights_at(points, 2.0) == 1.0)
         u = np.random.default_rng(0).normal(size=(3, *SHAPE)).astype(np.float32)
         assert np.array_equal(tumors.stiffened(u, grid), u)
+
+
+def test_regions_too_small_to_be_believed_become_background(grid: Geometry) -> None:
+    """By scipy's components, corners included; what stays keeps its classes."""
+    rng = np.random.default_rng(3)
+    mask = ball(grid, (-20, -15, 0), 11) | ball(grid, (20, 20, 10), 5) | (rng.random(SHAPE) > 0.995)
+    labels, count = ndimage.label(mask, np.ones((3, 3, 3)))
+    ml = np.prod(SPACING) / 1000
+    sizes = np.bincount(labels.ravel())[1:] * ml
+    assert count > 50 and (sizes > 1.0).sum() == 1 and ((sizes > 0.3) & (sizes < 1.0)).sum() >= 1
+    for least in (0.0, 0.3, 1.0, 99.0):
+        given = probabilities(mask)
+        dropped = drop_specks(given, grid, least)
+        kept = np.isin(labels, 1 + np.flatnonzero(sizes >= least))
+        np.testing.assert_array_equal(given, np.where(kept, probabilities(mask), probabilities(np.zeros(SHAPE, bool))))
+        assert dropped == pytest.approx(sizes[sizes < least].sum())
+
+
+def test_nothing_found_is_nothing_dropped(grid: Geometry) -> None:
+    given = probabilities(np.zeros(SHAPE, bool))
+    assert drop_specks(given, grid, 1.0) == 0.0 and (given[0] == 1.0).all()
 
 
 def test_gaps_are_closed_and_nothing_is_lost(grid: Geometry) -> None:
