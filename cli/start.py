@@ -16,7 +16,7 @@ _SINCE = (2, 35)
 def start() -> None:
     """Entry point of the ``jrs`` command and of ``python -m jrs``."""
     if wants_large_pages(sys.argv[1:], os.environ):
-        # glibc reads its tunables when a process begins, so it begins again; that takes some 20 ms.
+        # glibc reads its tunables when a process begins, so it begins again; that takes some 40 ms.
         os.environ[TUNABLES] = LARGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     from jrs.cli.main import main
@@ -42,8 +42,8 @@ def _leave(code: int) -> None:
 def wants_large_pages(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
     """Whether this command fills gigabytes, and the system gives large pages to programs that ask for them.
 
-    A page of 4 kB that is touched for the first time costs as much as computing on it: at 1 mm that was a tenth of
-    ``jrs infer``. Tunables that are set already are left alone.
+    A page of 4 kB that is touched for the first time costs as much as computing on it: docs/speed.md has what large
+    ones save. Tunables that are set already are left alone.
     """
     if arguments[:1] != ["infer"] or TUNABLES in environment or not sys.platform.startswith("linux"):
         return False

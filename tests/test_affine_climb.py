@@ -20,15 +20,6 @@ SPACING = 2.5
 A = np.array([[1.02, 0.03, -0.02, 1.3], [-0.04, 0.97, 0.05, -2.1], [0.01, -0.03, 1.04, 0.9], [0.0, 0.0, 0.0, 1.0]])
 
 
-@pytest.fixture(params=["compiled", "NumPy"])
-def kernels(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "NumPy":
-        monkeypatch.setenv("JRS_KERNELS", "off")
-    elif not native.available():
-        pytest.skip("no compiled kernels")
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
 def block(helpers: Any) -> Make:
     """Makes the phantom head at y = matrix x, on a grid about the origin of the world."""

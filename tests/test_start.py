@@ -69,3 +69,21 @@ def test_the_command_begins_again_once_with_its_arguments(tmp_path: Path, monkey
         pytest.skip("this system gives no large pages")
     (first, before), (second, after) = (line.split() for line in lines)
     assert first == second and (before, after) == ("None", start.LARGE_PAGES)
+
+
+def test_the_command_says_all_before_it_ends() -> None:
+    """It leaves Python at once: nothing may be lost in a buffer on the way."""
+    command = [sys.executable, "-m", "jrs", "infer"]
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--refine" in done.stdout and done.stdout.endswith("\n")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("jrs: no case given")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_that_cannot_be_written_is_an_error() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "jrs", "infer", "--help"], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode != 0
