@@ -49,7 +49,7 @@ def infer(
     inverse: Annotated[bool, typer.Option("--inverse/--no-inverse", help="Write the inverse field.")] = True,
     refine: Annotated[
         int, typer.Option("--refine", min=0, help="Iterations on this pair at the finest level; 0: the network alone.")
-    ] = 8,
+    ] = 6,
     backend: Annotated[
         str,
         typer.Option(

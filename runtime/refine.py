@@ -37,7 +37,7 @@ from jrs.volume import Volume, foreground_mask
 Array = npt.NDArray[np.float32]
 
 GRAPH = DATA / "graphs" / "refine.onnx"
-DEFAULT_ITERATIONS = 8
+DEFAULT_ITERATIONS = 6
 
 
 @dataclass(frozen=True)
