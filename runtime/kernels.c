@@ -378,11 +378,10 @@ EXPORT void jrs_count(const float *data, const int64_t *shape, const double *whe
         for (int axis = 0; axis < 3; axis++)
             at[axis] = w[4 * axis] * x[m] + w[4 * axis + 1] * x[x_stride + m] + w[4 * axis + 2] * x[2 * x_stride + m] +
                        w[4 * axis + 3];
-        if (!within(&v, at[0], at[1], at[2])) {
-            to[0] = -1.0f;
-            to[moved_stride] = to[2 * moved_stride] = to[3 * moved_stride] = 0.0f;
+        to[0] = -1.0f;
+        to[moved_stride] = to[2 * moved_stride] = to[3 * moved_stride] = 0.0f;
+        if (!within(&v, at[0], at[1], at[2]))
             continue;
-        }
         int64_t di, dj, dk;
         int64_t i = corner(at[0], shape[0], &di, &a), j = corner(at[1], shape[1], &dj, &b);
         int64_t k = corner(at[2], shape[2], &dk, &c);
@@ -393,6 +392,8 @@ EXPORT void jrs_count(const float *data, const int64_t *shape, const double *whe
         float pp = p[0] + c * p1, qq = q[0] + c * q1, rr = r[0] + c * r1, ss = s[0] + c * s1;
         float pz = p1 + b * (q1 - p1), rz = r1 + b * (s1 - r1);
         float near = pp + b * (qq - pp), far = rr + b * (ss - rr), value = near + a * (far - near);
+        if (!(value >= 1.0f && value < (float)(bins - 2))) /* no number, or no bin for it */
+            continue;
         to[0] = value;
         to[moved_stride] = far - near;
         to[2 * moved_stride] = (qq - pp) + a * ((ss - rr) - (qq - pp));

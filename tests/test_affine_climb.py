@@ -157,3 +157,13 @@ def test_images_apart_are_refused(kernels: str, block: Make) -> None:
     far[:3, 3] = 300.0
     with pytest.raises(ValueError, match="overlap"):
         climb(Metric(block(A), block(np.eye(4)), threads=1), far, False, Steps(4.0, 0.1))
+
+
+def test_no_number_does_no_harm(kernels: str, block: Make) -> None:
+    """A voxel that is no number takes no part, nor do the samples beside it."""
+    moving, fixed = block(A), block(np.eye(4))
+    holed = moving.data.copy()
+    holed[20:23, 20:23, 20:23] = np.nan
+    value, slope = Metric(Block(holed, moving.grid), fixed, threads=1)(np.eye(4))
+    assert np.isfinite(value) and np.isfinite(slope).all()
+    assert value == pytest.approx(Metric(moving, fixed, threads=1)(np.eye(4))[0], abs=0.01)
