@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from jrs.bundle import Bundle
 from jrs.errors import ConfigurationError
-from jrs.export.graphs import code_names
+from jrs.export.graphs import build_composer, code_names
 from jrs.files import whole_folder
 from jrs.geometry import Geometry
 from jrs.resources import atlas_path
@@ -28,6 +28,7 @@ from jrs.runtime.preprocess import network_input, place_grid
 
 ENSEMBLE = "jrs"
 PREFIX = "jrs_"
+COMPOSER = PREFIX + "composer"
 
 Shape = tuple[int, ...]
 
@@ -64,7 +65,11 @@ def export_triton(bundle: Bundle, repository: str | Path, atlas: str = "sri24", 
             models[with_atlas] = _with_fixed_codes(models[PREFIX + "registration"], codes)
             _write_model(folder, with_atlas, models[with_atlas])
             _write_grid(folder, label, grid)
-        _write_ensemble(folder, models, with_atlas)
+        passes = bundle.manifest.model.passes
+        if passes > 1:
+            models[COMPOSER] = build_composer(bundle.manifest.model)
+            _write_model(folder, COMPOSER, models[COMPOSER])
+        _write_ensemble(folder, models, with_atlas, passes)
     return repository
 
 
@@ -123,7 +128,9 @@ def _write_model(folder: Path, name: str, model: onnx.ModelProto, file: Path | N
     (folder / name / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _write_ensemble(folder: Path, models: Mapping[str, onnx.ModelProto], with_atlas: str | None) -> None:
+def _write_ensemble(
+    folder: Path, models: Mapping[str, onnx.ModelProto], with_atlas: str | None, passes: int
+) -> None:
     codes = code_names()
     steps = [_Step(PREFIX + "encoder", {"image": "image"}, {name: name for name in codes})]
     if PREFIX + "segmentation" in models:
@@ -131,10 +138,7 @@ def _write_ensemble(folder: Path, models: Mapping[str, onnx.ModelProto], with_at
             _Step(PREFIX + "segmentation", {name: name for name in codes}, {"probabilities": "probabilities"})
         )
     if with_atlas is not None:
-        moving = {f"moving_{name}": name for name in codes}
-        steps.append(_Step(with_atlas, moving, {"flow": "flow"}))
-        both = {"moved": "moved", "displacement": "displacement"}
-        steps.append(_Step(PREFIX + "transformer", {"image": "image", "flow": "flow"}, both))
+        steps += _passes(with_atlas, passes)
     shapes: dict[str, Shape] = {}
     for step in steps:
         own = _tensors(models[step.model].graph.output)
@@ -153,6 +157,32 @@ def _write_ensemble(folder: Path, models: Mapping[str, onnx.ModelProto], with_at
     # An ensemble has no file, and Triton wants the folder of its version all the same.
     (folder / ENSEMBLE / "1").mkdir(parents=True)
     (folder / ENSEMBLE / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _passes(with_atlas: str, passes: int) -> list[_Step]:
+    """The registration, as ``Network.register`` does it: from the second pass on of the moved image, and composed.
+
+    What the last pass leaves is called ``moved`` and ``displacement``, what others leave has the pass's number behind.
+    """
+    steps: list[_Step] = []
+    image, codes, before = "image", {name: name for name in code_names()}, ""
+    for index in range(1, passes + 1):
+        last = "" if index == passes else f"_{index}"
+        if index > 1:
+            codes = {name: f"{name}_{index}" for name in code_names()}
+            steps.append(_Step(PREFIX + "encoder", {"image": image}, codes))
+        flow = f"flow_{index}"
+        steps.append(_Step(with_atlas, {f"moving_{own}": name for own, name in codes.items()}, {"flow": flow}))
+        ends = {"moved": f"moved{last}", "displacement": f"displacement{last}"}
+        if index > 1:
+            # Of a further pass only the displacement counts: the image itself is moved once, by all of them.
+            ends = {"displacement": f"further_{index}"}
+        steps.append(_Step(PREFIX + "transformer", {"image": image, "flow": flow}, ends))
+        if index > 1:
+            inputs = {"image": "image", "displacement": before, "further": f"further_{index}"}
+            steps.append(_Step(COMPOSER, inputs, {"moved": f"moved{last}", "both": f"displacement{last}"}))
+        image, before = f"moved{last}", f"displacement{last}"
+    return steps
 
 
 def _tensors(values: Sequence[onnx.ValueInfoProto]) -> dict[str, Shape]:

@@ -12,6 +12,8 @@ from jrs.resources import ATLASES
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 """The modalities that jrs knows, in its own channel order."""
 
+MOST_PASSES = 4
+
 Normalization = Literal["zscore-foreground", "zscore-volume"]
 
 
@@ -57,6 +59,9 @@ class ModelSpec:
             ``zscore-volume``: over the whole grid, background included (the authors' published weights).
         labels: class names of the segmentation, background first; empty without one.
         label_values: the number each class is written as (BraTS to 2022: 4 for enhancing tumour).
+        passes: how often the network registers a pair: from the second time on the moving image is encoded as the
+            passes before have moved it, and the displacements are composed (recursive cascades: Zhao et al. 2019, doi
+            10.1109/ICCV.2019.01070, here with one network's weights throughout).
     """
 
     architecture: Architecture = field(default_factory=Architecture)
@@ -66,6 +71,7 @@ class ModelSpec:
     normalization: Normalization = "zscore-foreground"
     labels: tuple[str, ...] = ("background", "necrotic_or_nonenhancing_core", "edema", "enhancing_tumor")
     label_values: tuple[int, ...] = (0, 1, 2, 4)
+    passes: int = 1
 
     def __post_init__(self) -> None:
         if len(self.channels) != self.architecture.in_channels:
@@ -80,6 +86,8 @@ class ModelSpec:
             raise ConfigurationError(f"channel names {', '.join(self.channels)} repeat")
         if not set(self.optional_channels) <= set(self.channels):
             raise ConfigurationError("optional_channels names a channel that is not in channels")
+        if not 1 <= self.passes <= MOST_PASSES:
+            raise ConfigurationError(f"passes must lie between 1 and {MOST_PASSES}, not {self.passes}")
         if len(self.labels) != self.architecture.num_labels or len(self.label_values) != len(self.labels):
             raise ConfigurationError(
                 f"{len(self.labels)} labels and {len(self.label_values)} values for a network of "

@@ -135,7 +135,18 @@ class Network:
         return probabilities
 
     def register(self, image: Array, moving: Codes, fixed: Codes) -> Registered:
-        """Deform ``image`` (1,C,X,Y,Z), whose codes are ``moving``, on the fixed image."""
+        """Deform ``image`` (1,C,X,Y,Z), whose codes are ``moving``, on the fixed image, in as many passes as it takes.
+
+        After the first, the moved image is encoded and registered again: u(x) = v(x) + u_before(x + v(x)).
+        """
+        found = self._register_once(image, moving, fixed)
+        for _ in range(self.bundle.manifest.model.passes - 1):
+            further = self._register_once(found.moved, self.encode(found.moved), fixed).displacement
+            displacement = further + self._pulled(found.displacement, further)
+            found = Registered(self._pulled(image, displacement), displacement)
+        return found
+
+    def _register_once(self, image: Array, moving: Codes, fixed: Codes) -> Registered:
         inputs = {f"moving_{name}": code for name, code in moving.items()}
         inputs |= {f"fixed_{name}": code for name, code in fixed.items()}
         flow = self._keep("registration", inputs)["flow"]
@@ -151,9 +162,12 @@ class Network:
                 return Registered(result["moved"], result["displacement"])
             displacement = transformer.only(["displacement"], feeds)["displacement"]
         # The compiled sampler is several times faster than ONNX Runtime's, which shares work by channel alone.
+        return Registered(self._pulled(image, displacement), displacement)
+
+    def _pulled(self, volume: Array, displacement: Array) -> Array:
+        """``volume`` (1,C,X,Y,Z) sampled at x + ``displacement`` (1,3,X,Y,Z), voxels, the border repeated outside."""
         warp = Warp(Sampled(displacement[0], self.threads), np.eye(4), np.eye(3))
-        moved = Sampled(image[0], self.threads).pull(image.shape[2:], np.eye(4), warp, None)
-        return Registered(moved[None], displacement)
+        return Sampled(volume[0], self.threads).pull(volume.shape[2:], np.eye(4), warp, None)[None]
 
     def _run(self, name: str, inputs: Codes) -> Mapping[str, Array]:
         return hosted(self._keep(name, inputs))

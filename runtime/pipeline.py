@@ -42,7 +42,7 @@ from jrs.runtime.results import Result
 from jrs.runtime.sampling import Sampled
 from jrs.runtime.transform import Transform
 from jrs.runtime.transform_files import load_affine
-from jrs.runtime.tumors import Tumors, drop_specks, shows_tumors, smallest_ml
+from jrs.runtime.tumors import Tumors, drop_specks, drop_traces, shows_tumors, smallest_ml
 from jrs.volume import occupied
 
 Array = npt.NDArray[np.float32]
@@ -281,11 +281,12 @@ class Pipeline:
         return _Deformation(refined.displacement, moved, record, tuple(notes))
 
     def _segmented(self, codes: Codes, image: NetworkInput) -> tuple[Array, list[str]]:
-        """Probabilities (K,X,Y,Z) without regions too small to be believed, and what to say of those."""
+        """Probabilities (K,X,Y,Z) without what is too small to be believed, and what to say of regions left out."""
         probabilities = self.network.segment(codes)
         channels = self.network.bundle.manifest.model.channels
         least = smallest_ml(image, channels)
         dropped = drop_specks(probabilities, image.grid, least)
+        drop_traces(probabilities, image.grid)
         if not dropped or shows_tumors(image, channels):
             return probabilities, []
         return probabilities, [

@@ -32,7 +32,7 @@ _SMALLEST_ML = 0.5
 """Smaller lesions are not compared but deform with their surroundings."""
 _SPECK_ML = 0.05
 """Smaller regions are noise, with whatever modalities; BraTS' lesion-wise scores leave out true ones of that size."""
-_FAINT_ML = 1.0
+_FAINT_ML = 2.5
 """Smaller regions are left out where T1 alone was there to see them by: healthy brains have some."""
 _PASSES = 2
 _FAR_MM = 1e6
@@ -41,7 +41,7 @@ HALF_DIAGONAL = 0.87
 
 
 _TELLING = ("t1ce", "t2", "flair")
-"""Modalities that show a tumour; in T1 alone the default bundle finds little of one and some in healthy brains."""
+"""Modalities that show a tumour; in T1 alone the default bundle finds some in healthy brains."""
 
 
 def shows_tumors(image: NetworkInput, channels: Sequence[str]) -> bool:
@@ -67,6 +67,21 @@ def drop_specks(probabilities: Array, grid: Geometry, least_ml: float) -> float:
     small[0] = False
     probabilities[(slice(None), *box)][:, small[labels]] = np.eye(len(probabilities), 1, dtype=np.float32)
     return float(counts[small].sum() * grid.voxel_volume_ml)
+
+
+def drop_traces(probabilities: Array, grid: Geometry) -> None:
+    """Make core of what enhances in BraTS' four classes, in ``probabilities``, if all of it together is a speck.
+
+    So little is noise, and where the truth has none any at all scores nothing (Isensee et al. 2018, doi
+    10.1007/978-3-030-11726-9_21).
+    """
+    if len(probabilities) != 4:
+        return
+    core, enhancing = probabilities[1], probabilities[3]
+    volume = np.count_nonzero(probabilities.argmax(axis=0) == 3) * grid.voxel_volume_ml
+    if volume < _SPECK_ML:
+        core += enhancing
+        enhancing[:] = 0.0
 
 
 @dataclass(frozen=True, eq=False)

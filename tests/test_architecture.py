@@ -213,6 +213,8 @@ def test_every_orientation_is_taken() -> None:
         {"labels": ("background", "tumor")},
         {"label_values": (0, 1, 2)},
         {"architecture": Architecture(num_labels=3)},
+        {"passes": 0},
+        {"passes": 5},
     ],
 )
 def test_a_model_whose_parts_disagree(change: dict[str, Any]) -> None:

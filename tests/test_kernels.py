@@ -195,6 +195,39 @@ def test_without_the_compiled_module_nothing_is_missed(monkeypatch: pytest.Monke
         native._loaded.cache_clear()
 
 
+@pytest.mark.parametrize("passes", [2, 3])
+def test_passes_are_composed(changed_bundle: Any, kernels: str, passes: int) -> None:
+    """Against the passes one by one, composed by scipy's interpolation."""
+    from scipy.ndimage import map_coordinates
+
+    from jrs.bundle import Bundle
+    from jrs.runtime.network import Network
+
+    once = Bundle.open(changed_bundle(lambda manifest: manifest.update(name="once")))
+    shape = (1, len(once.manifest.model.channels), *once.manifest.model.grid.shape)
+    image, other = (GENERATOR(seed).normal(size=shape).astype(np.float32) for seed in (20, 21))
+    index = np.indices(shape[2:]).astype(np.float64)
+
+    def at(volume: Any, u: Any) -> Any:
+        return np.stack([map_coordinates(v, index + u, order=1, mode="nearest") for v in volume.astype(np.float64)])
+
+    with Network(once, "ort-cpu", threads=1) as network:
+        fixed = network.encode(other)
+        moved, u = image, np.zeros((3, *shape[2:]))
+        for _ in range(passes):
+            further = network.register(moved, network.encode(moved), fixed).displacement[0].astype(np.float64)
+            u = further + at(u, further)
+            moved = at(image[0], u).astype(np.float32)[None]
+    (once.folder / "manifest.json").write_text(
+        (once.folder / "manifest.json").read_text().replace('"passes": 1', f'"passes": {passes}')
+    )
+    with Network(Bundle.open(once.folder), "ort-cpu", threads=1) as network:
+        got = network.register(image, network.encode(image), network.encode(other))
+    assert np.abs(u).max() > 0.05
+    np.testing.assert_allclose(got.displacement[0], u, atol=2e-4)
+    np.testing.assert_allclose(got.moved, moved, atol=2e-3)
+
+
 def test_the_networks_own_warp_is_the_graphs() -> None:
     """On the CPU the moved image is sampled by the kernels, in place of the transformer's graph."""
     from jrs.bundle import Bundle

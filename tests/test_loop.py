@@ -35,6 +35,7 @@ from jrs.train.config import OptimizerConfig, TrainConfig
 from jrs.train.configfile import load_config
 from jrs.train.log import METRICS, PICTURE, TIMINGS
 from jrs.train.loop import BEST, LAST, Trainer
+from jrs.train.objective import moved_along
 from jrs.train.state import PREVIOUS
 from jrs.train.synth import SyntheticPairs
 
@@ -203,6 +204,34 @@ def test_a_single_image_makes_no_pair(tmp_path: Path) -> None:
     alone = SyntheticPairs(maps, config.model, config.synthesis, 0)
     with pytest.raises(ConfigurationError, match="at least 2"):
         Trainer(config, alone, alone, tmp_path)
+
+
+def test_a_share_of_the_steps_goes_on_from_a_first_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps 4, 8, ...; there the moving image is the one that the weights of that moment move."""
+    from jrs.train import loop
+
+    config = train_config(epochs=1, steps_per_epoch=8, second_pass=0.25, batch_size=2)
+    made = trainer(tmp_path, config)
+    seen: list[tuple[int, PairBatch, torch.Tensor, dict[str, torch.Tensor]]] = []
+
+    def spy(batch: PairBatch, coords_vox: torch.Tensor) -> PairBatch:
+        weights = {name: value.clone() for name, value in made._module.state_dict().items()}
+        seen.append((made.progress.step, batch, coords_vox, weights))
+        return moved_along(batch, coords_vox)
+
+    monkeypatch.setattr(loop, "moved_along", spy)
+    made.run()
+    assert [step for step, *_ in seen] == [3, 7]
+    assert all(math.isfinite(loss) for loss in series(tmp_path, "train", "loss"))
+    net = JointNet(config.model.architecture)
+    for _, batch, coords, weights in seen:
+        net.load_state_dict(weights)
+        assert not coords.requires_grad
+        with torch.no_grad():
+            want = net(batch.moving, batch.fixed).coords_vox
+        assert want is not None
+        torch.testing.assert_close(coords, want, rtol=0.0, atol=1e-3)
+    assert not torch.equal(seen[0][2], seen[1][2])
 
 
 class Unlabelled(Stopping):

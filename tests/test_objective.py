@@ -16,7 +16,7 @@ from small_training import (
 from jrs.models.network import JointNet
 from jrs.models.spatial import identity_coords
 from jrs.train.config import LossConfig
-from jrs.train.objective import joint_loss, structure_overlap
+from jrs.train.objective import joint_loss, moved_along, structure_overlap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,3 +104,27 @@ def test_overlap_of_structures(shift: int) -> None:
         ]
         assert len(common) >= 2
         assert got[n] == pytest.approx(np.mean(dice), abs=1e-5)
+
+
+def test_a_batch_moved_along_a_field() -> None:
+    """Images by scipy's linear, labels by its nearest interpolation; the fixed side stays."""
+    from scipy.ndimage import map_coordinates
+
+    batch = source().batch(0, 2)
+    assert batch.moving_tumor is not None and batch.moving_structures is not None
+    unknown = batch.moving_tumor.clone()
+    unknown[1] = -1
+    batch = dataclasses.replace(batch, moving_tumor=unknown)
+    wander = np.random.default_rng(4).uniform(-2.0, 2.0, (2, 3, *SHAPE))
+    coords = np.indices(SHAPE)[None] + wander
+    got = moved_along(batch, torch.from_numpy(coords).float())
+    for n in range(2):
+        for channel, image in zip(got.moving[n].numpy(), batch.moving[n].numpy(), strict=True):
+            want = map_coordinates(image.astype(np.float64), coords[n], order=1, mode="nearest")
+            np.testing.assert_allclose(channel, want, atol=1e-4)
+        pairs = ((got.moving_tumor, unknown), (got.moving_structures, batch.moving_structures))
+        for labels, before in pairs:
+            assert labels is not None and labels.dtype == before.dtype
+            want = map_coordinates(before[n].numpy(), coords[n], order=0, mode="nearest")
+            np.testing.assert_array_equal(labels[n].numpy(), want)
+    assert got.fixed is batch.fixed and got.fixed_structures is batch.fixed_structures

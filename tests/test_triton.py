@@ -98,6 +98,30 @@ def test_the_ensemble_computes_what_the_network_computes(repository: Path, tiny_
     assert np.abs(got["displacement"]).max() > 0.05
 
 
+@pytest.mark.parametrize("passes", [2, 3])
+def test_an_ensemble_of_several_passes(changed_bundle: Any, tmp_path: Path, passes: int) -> None:
+    from jrs.export.triton import export_triton
+    from jrs.reading import read_volume
+    from jrs.resources import atlas_path
+    from jrs.runtime.network import Network
+    from jrs.runtime.preprocess import network_input, place_grid
+
+    bundle = Bundle.open(changed_bundle(lambda manifest: manifest["model"].update(passes=passes)))
+    spec = bundle.manifest.model
+    repository = export_triton(bundle, tmp_path / "models")
+    assert sorted(f.name for f in repository.iterdir()) == sorted([*MODELS, "jrs_composer", "jrs"])
+    atlas = read_volume(atlas_path("sri24"))
+    fixed = network_input({"t1": atlas}, spec, place_grid(spec.grid, atlas)[0]).tensor
+    moving = np.random.default_rng(0).normal(size=fixed.shape).astype(np.float32)
+    got = run_ensemble(repository, moving)
+    with Network(bundle, "ort-cpu", threads=1) as network:
+        registered = network.register(moving, network.encode(moving), network.encode(fixed))
+    assert sorted(got) == ["displacement", "moved", "probabilities"]
+    np.testing.assert_allclose(got["displacement"], registered.displacement, atol=2e-4)
+    np.testing.assert_allclose(got["moved"], registered.moved, atol=2e-3)
+    assert list(got["moved"].shape) == list(moving.shape)
+
+
 def test_the_operator_keeps_its_body(repository: Path) -> None:
     model = onnx.load(repository / "jrs_transformer" / "1" / "model.onnx")
     assert [f"{f.domain}::{f.name}" for f in model.functions] == ["ai.jrs::JrsGridSample3D"]

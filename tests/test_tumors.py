@@ -13,7 +13,7 @@ from jrs.geometry import Geometry
 from jrs.runtime.cases import Case
 from jrs.runtime.refine import Refiner
 from jrs.runtime.sampling import affine_coords
-from jrs.runtime.tumors import Tumors, drop_specks
+from jrs.runtime.tumors import Tumors, drop_specks, drop_traces
 from jrs.volume import Volume
 
 Array = np.ndarray[Any, Any]
@@ -65,6 +65,30 @@ def test_regions_too_small_to_be_believed_become_background(grid: Geometry) -> N
 def test_nothing_found_is_nothing_dropped(grid: Geometry) -> None:
     given = probabilities(np.zeros(SHAPE, bool))
     assert drop_specks(given, grid, 1.0) == 0.0 and (given[0] == 1.0).all()
+
+
+@pytest.mark.parametrize(("voxels", "kept"), [(0, False), (3, False), (4, True), (200, True)])
+def test_traces_of_enhancement_become_core(grid: Geometry, voxels: int, kept: bool) -> None:
+    """0.05 ml are 3.3 of these voxels. Nothing else changes: neither what is tumour nor what is core or enhancing."""
+    rng = np.random.default_rng(5)
+    given = rng.dirichlet((20.0, 4.0, 4.0, 1.0), size=SHAPE).transpose(3, 0, 1, 2).astype(np.float32)
+    below = np.minimum(given[3], 0.9 * given[:3].max(axis=0))
+    given[3] = below
+    given[3].reshape(-1)[rng.choice(below.size, voxels, replace=False)] = 2.0
+    before = given.copy()
+    drop_traces(given, grid)
+    assert (given.argmax(axis=0) == 3).sum() == (voxels if kept else 0)
+    if kept:
+        np.testing.assert_array_equal(given, before)
+    np.testing.assert_array_equal(given[[0, 2]], before[[0, 2]])
+    np.testing.assert_allclose(given[1] + given[3], before[1] + before[3], rtol=1e-6)
+
+
+def test_other_classes_have_no_traces(grid: Geometry) -> None:
+    given = probabilities(ball(grid, (0, 0, 0), 3))
+    before = given.copy()
+    drop_traces(given, grid)
+    np.testing.assert_array_equal(given, before)
 
 
 def test_gaps_are_closed_and_nothing_is_lost(grid: Geometry) -> None:

@@ -282,6 +282,8 @@ class TrainConfig:
         epochs: at most so many.
         steps_per_epoch: 0 means one pass over the cases.
         batch_size: pairs a step, over all processes; the loss is the mean over them.
+        second_pass: share of steps whose pairs are first registered by the network as it is, so that it learns what
+            to do where the moving image is nearly in place (``passes`` of the model above 1).
         accumulate: in how many parts, one after the other, each process works off its pairs of a step: the same
             gradients in less memory.
         seed: of everything random.
@@ -301,6 +303,7 @@ class TrainConfig:
     epochs: int = 200
     steps_per_epoch: int = 0
     batch_size: int = 2
+    second_pass: float = 0.0
     accumulate: int = 1
     seed: int = 0
     precision: Precision = "bf16"
@@ -317,6 +320,10 @@ class TrainConfig:
             raise ConfigurationError(f"accumulate {self.accumulate} must divide batch_size {self.batch_size}")
         if self.log_every < 1 or self.checkpoint_minutes < 0:
             raise ConfigurationError("log_every must be at least 1, checkpoint_minutes at least 0")
+        if not 0.0 <= self.second_pass <= 1.0:
+            raise ConfigurationError("second_pass is a share of the steps, between 0 and 1")
+        if self.second_pass and not self.model.architecture.registration:
+            raise ConfigurationError("second_pass needs a registration decoder; set it to 0")
         if not 0.0 < self.validation_share < 1.0:
             raise ConfigurationError("validation_share must lie between 0 and 1")
         if self.loss.tumor_dice and self.model.architecture.num_labels not in (0, 4):

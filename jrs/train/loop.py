@@ -32,7 +32,7 @@ from jrs.train.devices import Peers, make_fabric, share_of
 from jrs.train.guard import NotANumber
 from jrs.train.loader import Loader
 from jrs.train.log import RunLog
-from jrs.train.objective import structure_overlap
+from jrs.train.objective import moved_along, structure_overlap
 from jrs.train.pictures import draw_pair
 from jrs.train.state import BEST, LAST, TrainingState, load_last, remove_leavings, save_last
 from jrs.train.step import PairLoss, Work, generator_of, mean_values
@@ -279,6 +279,8 @@ class Trainer:
             pairs = range(number + index * self._share, number + (index + 1) * self._share)
             generators = [generator_of(self.config.seed, pair) for pair in pairs]
             batch = augment(self._on_device(batch), self.config.augment, generators, self.config.model)
+            if self._is_second_pass(self.progress.step):
+                batch = self._after_first_pass(batch, [generator_of(self.config.seed, pair) for pair in pairs])
             work = Work(batch, generators)
             last = index == len(parts) - 1
             with self.fabric.no_backward_sync(self.net, enabled=self.peers.count > 1 and not last):
@@ -291,6 +293,19 @@ class Trainer:
         self.optimizer.step()
         self.state.update_average(self.progress.step + 1)
         return mean_values(everyone)
+
+    def _is_second_pass(self, step: int) -> bool:
+        """Spread evenly over the run by the number of the step, so the same in all processes and when resumed."""
+        share = self.config.second_pass
+        return math.floor((step + 1) * share) > math.floor(step * share)
+
+    @torch.no_grad()
+    def _after_first_pass(self, batch: PairBatch, generators: list[torch.Generator]) -> PairBatch:
+        """The pairs as the network as it is leaves them to a second pass."""
+        work = Work(batch, generators)
+        self.net(work)
+        assert work.output is not None and work.output.coords_vox is not None
+        return moved_along(batch, work.output.coords_vox)
 
     def _gradient_norm(self) -> float:
         """Clip the gradients, if so configured; their norm before, 0 where only the loss scaler can know it."""

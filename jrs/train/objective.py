@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -192,11 +193,10 @@ def _structure_dice(coords_vox: Tensor, batch: PairBatch, config: LossConfig, ch
 def structure_overlap(coords_vox: Tensor, batch: PairBatch) -> Tensor:
     """Mean Dice over the structures present in both images, labels warped by nearest neighbour; one a pair."""
     assert batch.moving_structures is not None and batch.fixed_structures is not None
-    shape = torch.tensor(batch.moving.shape[2:], device=coords_vox.device).view(1, 3, 1, 1, 1)
-    index = coords_vox.round().clamp(min=0).minimum(shape - 1.0).long()
+    structures = _moved_labels(batch.moving_structures, coords_vox)
     results = []
     for n in range(coords_vox.shape[0]):
-        moved = batch.moving_structures[n][index[n, 0], index[n, 1], index[n, 2]].long().reshape(-1)
+        moved = structures[n].long().reshape(-1)
         fixed = batch.fixed_structures[n].long().reshape(-1)
         size = len(STRUCTURES) + 1
         joint = torch.bincount(moved * size + fixed, minlength=size * size).reshape(size, size).float()
@@ -204,3 +204,22 @@ def structure_overlap(coords_vox: Tensor, batch: PairBatch) -> Tensor:
         there = (joint.sum(0)[1:] > 0) & (joint.sum(1)[1:] > 0)
         results.append((2 * overlap / sums.clamp(min=1))[there].mean())
     return torch.stack(results)
+
+
+@torch.no_grad()
+def moved_along(batch: PairBatch, coords_vox: Tensor) -> PairBatch:
+    """The batch with its moving images (trilinear) and their labels (nearest) sampled at ``coords_vox`` (N,3,X,Y,Z)."""
+    moving, tumor, structures = batch.moving, batch.moving_tumor, batch.moving_structures
+    return dataclasses.replace(
+        batch,
+        moving=warp(moving, coords_vox),
+        moving_tumor=None if tumor is None else _moved_labels(tumor, coords_vox),
+        moving_structures=None if structures is None else _moved_labels(structures, coords_vox),
+    )
+
+
+def _moved_labels(labels: Tensor, coords_vox: Tensor) -> Tensor:
+    """Labels (N,X,Y,Z) of the voxels nearest to ``coords_vox``, the border repeated."""
+    shape = torch.tensor(labels.shape[1:], device=coords_vox.device).view(1, 3, 1, 1, 1)
+    index = coords_vox.round().clamp(min=0).minimum(shape - 1.0).long()
+    return torch.stack([of[at[0], at[1], at[2]] for of, at in zip(labels, index, strict=True)])
