@@ -17,6 +17,7 @@ from jrs.fields import DisplacementField, jacobian_determinant
 from jrs.geometry import Geometry
 from jrs.manifest import ModelSpec
 from jrs.models.network import JointNet
+from jrs.models.spatial import compose, coordinates, displacement, identity_coords, warp
 from jrs.reading import read_volume
 from jrs.resources import atlas_path
 from jrs.runtime.affine import register_affine
@@ -67,7 +68,8 @@ def check_accuracy(
     grid = place_grid(spec.grid, read_volume(atlas_path("sri24")))[0]
     pairs = [_Pair("sri24", moving.numpy(), fixed.numpy(), grid), *(_real_pair(case, spec) for case in cases)]
     sessions = {name: GraphSession(model) for name, model in graphs.items()}
-    return {pair.name: _compare(pair, _by_torch(net, pair), _by_graphs(sessions, pair), limits) for pair in pairs}
+    outcomes = ((_by_torch(net, pair, spec.passes), _by_graphs(sessions, pair, spec.passes)) for pair in pairs)
+    return {pair.name: _compare(pair, *outcome, limits) for pair, outcome in zip(pairs, outcomes, strict=True)}
 
 
 def _real_pair(case: str | Path, spec: ModelSpec) -> _Pair:
@@ -80,25 +82,33 @@ def _real_pair(case: str | Path, spec: ModelSpec) -> _Pair:
     return _Pair(loaded.name, network_input(images, spec, grid, affine).tensor, fixed.tensor, grid)
 
 
-def _by_torch(net: JointNet, pair: _Pair) -> _Outcome:
+def _by_torch(net: JointNet, pair: _Pair, passes: int) -> _Outcome:
+    moving, fixed = torch.from_numpy(pair.moving), torch.from_numpy(pair.fixed)
+    found, labels = None, None
     with torch.no_grad():
-        out = net(torch.from_numpy(pair.moving), torch.from_numpy(pair.fixed))
-    displacement = None
-    if out.coords_vox is not None:
-        displacement = (out.coords_vox.numpy() - np.indices(pair.grid.shape, dtype=np.float32))[0]
-    probabilities = out.moving_probabilities
-    return _Outcome(displacement, None if probabilities is None else probabilities.numpy()[0].argmax(axis=0))
+        if net.registration is not None:
+            found = displacement(net.register(moving, fixed, passes)).numpy()[0]
+        if net.segmentation is not None:
+            labels = net.segmentation(net.encoder(moving)).numpy()[0].argmax(axis=0)
+    return _Outcome(found, labels)
 
 
-def _by_graphs(run: dict[str, GraphSession], pair: _Pair) -> _Outcome:
+def _by_graphs(run: dict[str, GraphSession], pair: _Pair, passes: int) -> _Outcome:
     codes = {"moving": run["encoder"](image=pair.moving), "fixed": run["encoder"](image=pair.fixed)}
-    displacement, labels = None, None
+    found, labels = None, None
     if "segmentation" in run:
         labels = run["segmentation"](**codes["moving"])["probabilities"][0].argmax(axis=0)
     if "registration" in run:
-        flow = run["registration"](**{f"{side}_{name}": x for side in codes for name, x in codes[side].items()})
-        displacement = run["transformer"](image=pair.moving, flow=flow["flow"])["displacement"][0]
-    return _Outcome(displacement, labels)
+        image, coords = pair.moving, identity_coords(torch.zeros(1, 3, *pair.grid.shape))
+        for _ in range(passes):
+            codes["moving"] = run["encoder"](image=image)
+            flow = run["registration"](**{f"{side}_{name}": x for side in codes for name, x in codes[side].items()})
+            moved = run["transformer"](image=image, flow=flow["flow"])
+            further = coordinates(torch.from_numpy(moved["displacement"]), "displacement")
+            coords = compose(coords, further)
+            image = warp(torch.from_numpy(pair.moving), coords).numpy()
+        found = displacement(coords).numpy()[0]
+    return _Outcome(found, labels)
 
 
 def _compare(pair: _Pair, want: _Outcome, got: _Outcome, limits: tuple[float, float, float]) -> AccuracyRecord:

@@ -18,7 +18,7 @@ from jrs.bundle import Precision
 from jrs.export.custom_op import BF16_OPSET, DOMAIN, OP_TYPE, OPSET, VERSION, add_function, register_schema
 from jrs.manifest import ModelSpec
 from jrs.models.network import Codes, Decoder, InstanceNorm, JointNet
-from jrs.models.spatial import coordinates, displacement, warp
+from jrs.models.spatial import compose, coordinates, displacement, warp
 
 _CONVOLUTION_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -84,10 +84,10 @@ class TransformerGraph(nn.Module):
 class ComposerGraph(nn.Module):
     """image, displacement and a further pass's displacement to moved and both displacements in one; FP32, voxels."""
 
-    def forward(self, image: Tensor, displacement: Tensor, further: Tensor) -> tuple[Tensor, Tensor]:
-        """v(x) + u(x + v(x)), and the image there."""
-        both = further + warp(displacement, coordinates(further, "displacement"))
-        return warp(image, coordinates(both, "displacement")), both
+    def forward(self, image: Tensor, first: Tensor, further: Tensor) -> tuple[Tensor, Tensor]:
+        """The image moved by u(x) = v(x) + w(x + v(x)), w the first and v the further one, and u."""
+        coords = compose(*(coordinates(field, "displacement") for field in (first, further)))
+        return warp(image, coords), displacement(coords)
 
 
 class TwoStageNorm(nn.Module):
@@ -195,8 +195,8 @@ def build_composer(spec: ModelSpec) -> onnx.ModelProto:
     """What composes the passes of a network that has several, for servers that run nothing but graphs."""
     image = torch.zeros(1, spec.architecture.in_channels, *spec.grid.shape)
     field = torch.zeros(1, 3, *spec.grid.shape)
-    names = ["image", "displacement", "further"]
-    return _trace(ComposerGraph(), [image, field, field.clone()], names, ["moved", "both"])
+    names = ["image", "first", "further"]
+    return _trace(ComposerGraph(), [image, field, field.clone()], names, ["moved", "displacement"])
 
 
 def opset_of(precision: Precision) -> int:

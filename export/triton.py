@@ -179,8 +179,8 @@ def _passes(with_atlas: str, passes: int) -> list[_Step]:
             ends = {"displacement": f"further_{index}"}
         steps.append(_Step(PREFIX + "transformer", {"image": image, "flow": flow}, ends))
         if index > 1:
-            inputs = {"image": "image", "displacement": before, "further": f"further_{index}"}
-            steps.append(_Step(COMPOSER, inputs, {"moved": f"moved{last}", "both": f"displacement{last}"}))
+            inputs = {"image": "image", "first": before, "further": f"further_{index}"}
+            steps.append(_Step(COMPOSER, inputs, {"moved": f"moved{last}", "displacement": f"displacement{last}"}))
         image, before = f"moved{last}", f"displacement{last}"
     return steps
 

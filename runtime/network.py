@@ -217,7 +217,11 @@ class Network:
         if name == "transformer":  # FP32 whatever the bundle's precision
             options = EngineOptions("fp32", self.threads)
         else:
-            options = EngineOptions(self.choice.precision, self.threads, self.bundle.manifest.precision, self._spare)
+            precision, graphs = self.choice.precision, self.bundle.manifest.precision
+            if name == "registration" and self.bundle.manifest.model.passes > 1 and graphs == "fp32":
+                # Passes add up what rounding does to the last layers: 0.06 mm in place of 0.10, for 0.05 s a pass.
+                precision = "fp32"
+            options = EngineOptions(precision, self.threads, graphs, self._spare)
         return open_engine(self.bundle.graph(name), name, self.backend, options)
 
     def _close(self) -> None:

@@ -33,7 +33,13 @@ FIELD_MM = 0.1
 """The largest 99th percentile of the field's change in the brain."""
 LABELS_SHARE = 0.995
 """The smallest share of the brain's voxels whose label stays."""
-_CODE = ("jrs.runtime.precision", "jrs.runtime.preprocess", "jrs.runtime.sampling", "jrs.runtime.engines.openvino")
+_CODE = (
+    "jrs.runtime.precision",
+    "jrs.runtime.preprocess",
+    "jrs.runtime.sampling",
+    "jrs.runtime.network",
+    "jrs.runtime.engines.openvino",
+)
 
 _TUMOR_MM = (28.0, 10.0, 22.0)  # from the middle of the brain: white matter of the right hemisphere
 _EDEMA_MM, _CORE_MM, _NECROSIS_MM, _EDGE_MM = 18.0, 9.0, 5.0, 1.5

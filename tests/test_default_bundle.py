@@ -47,11 +47,13 @@ def reference(images: tuple[NetworkInput, NetworkInput, Geometry, np.ndarray]) -
     torch = pytest.importorskip("torch")
     from jrs.models.checkpoint import load_checkpoint
 
-    net = load_checkpoint("default").network()
+    loaded = load_checkpoint("default")
+    net = loaded.network()
+    moving, fixed = (torch.from_numpy(image.tensor) for image in images[:2])
     with torch.no_grad():
-        output = net(torch.from_numpy(images[0].tensor), torch.from_numpy(images[1].tensor))
+        output = net(moving, fixed)
     x, y, z = (np.arange(n, dtype=np.float32) for n in images[2].shape)
-    coords = output.coords_vox[0].numpy()
+    coords = net.register(moving, fixed, loaded.spec.passes)[0].numpy()
     displacement = coords - np.stack(np.meshgrid(x, y, z, indexing="ij"))
     return displacement, output.moving_probabilities[0].argmax(dim=0).numpy()
 

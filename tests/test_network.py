@@ -438,3 +438,27 @@ def test_weights_fit_with_and_without_auxiliary_heads() -> None:
     assert all(torch.equal(a, b) for a, b in zip(heads, deep.auxiliary.parameters(), strict=True))
     with pytest.raises(RuntimeError, match="encoder"):
         deep.load_state_dict({name: x for name, x in other.items() if not name.startswith("encoder")})
+
+
+def test_several_passes() -> None:
+    """By the network's own forward passes, its images and fields sampled by PyTorch's grid_sample."""
+    torch.manual_seed(3)
+    net = JointNet(in_channels=2, base_channels=2, norm="instance", head="displacement")
+    assert net.registration is not None
+    torch.nn.init.normal_(net.registration.output.weight, std=0.3)
+    moving, fixed = torch.randn(2, 2, 32, 32, 48), torch.randn(2, 2, 32, 32, 48)
+    size = torch.tensor([32.0, 32.0, 48.0]).view(1, 3, 1, 1, 1)
+    index = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in moving.shape[2:]), indexing="ij"))
+
+    def at(volume: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
+        grid = (2.0 * coords / (size - 1.0) - 1.0).flip(1).permute(0, 2, 3, 4, 1)
+        return torch.nn.functional.grid_sample(volume, grid, padding_mode="border", align_corners=True)
+
+    want, moved = index.expand(2, -1, -1, -1, -1), moving
+    for passes in (1, 2, 3):
+        further = net(moved, fixed).coords_vox.detach()
+        want = further + at(want - index, further)
+        moved = at(moving, want)
+        got = net.register(moving, fixed, passes)
+        assert not got.requires_grad and (want - index).abs().max() > 0.3
+        torch.testing.assert_close(got, want, rtol=0.0, atol=2e-3)

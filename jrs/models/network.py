@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jrs.architecture import CONVOLUTIONS_PER_LEVEL, LEVELS, Architecture, Norm
-from jrs.models.spatial import coordinates, warp
+from jrs.models.spatial import compose, coordinates, warp
 
 Codes = tuple[Tensor, ...]
 
@@ -184,6 +184,16 @@ class JointNet(nn.Module):
     def coordinates(self, flow: Tensor) -> Tensor:
         """Sampling coordinates (N,3,X,Y,Z), voxel indices, of a flow by this network's head."""
         return coordinates(flow, self.architecture.head, self.architecture.grid_origin)
+
+    @torch.no_grad()
+    def register(self, moving: Tensor, fixed: Tensor, passes: int = 1) -> Tensor:
+        """Sampling coordinates (N,3,X,Y,Z) after so many passes, each over the image that those before have moved."""
+        fixed_codes = self.encoder(fixed)
+        coords = self.coordinates(self.flow(self.encoder(moving), fixed_codes))
+        for _ in range(passes - 1):
+            further = self.flow(self.encoder(warp(moving, coords)), fixed_codes)
+            coords = compose(coords, self.coordinates(further))
+        return coords
 
     def forward(self, moving: Tensor, fixed: Tensor, reverse: bool = False) -> JointOutput:
         """Both images (N,C,X,Y,Z), every side a multiple of 16; ``reverse`` registers them both ways."""

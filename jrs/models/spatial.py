@@ -51,6 +51,11 @@ def coordinates(flow: Tensor, head: Head, origin: int = 0) -> Tensor:
     return _along_own_axis(spatial_gradients(flow, head), _summation_matrix) + float(origin - 1)
 
 
+def compose(coords: Tensor, further: Tensor) -> Tensor:
+    """Coordinates (N,3,X,Y,Z) of a map and of a ``further`` one after it, in one: u(y) + y at y = further(x)."""
+    return further + warp(displacement(coords), further)
+
+
 def warp(image: Tensor, coords: Tensor) -> Tensor:
     """Sample ``image`` (N,C,X,Y,Z) at ``coords`` (N,3,X,Y,Z) in FP32: trilinear, border values outside."""
     warped: Tensor = grid_sample_3d(image.float(), coords)
