@@ -32,9 +32,10 @@ def start() -> None:
 def _leave(code: int) -> None:
     """End at once: all is written and closed, and to take Python and the engines down piece by piece costs 0.15 s."""
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # closed before Python began
+                stream.flush()
+    except (OSError, ValueError):
         return  # Python's own end has words for that
     os._exit(code)
 

@@ -26,6 +26,7 @@ Kind = Literal["affine", "rigid"]
 POOR_OVERLAP = 0.75
 """A Dice score of the foregrounds below this is no alignment of two images of the same part of a head."""
 _SPACING_MM = 2.0
+_FEWEST_VOXELS = 8
 _MARGIN_MM = 6.0
 _COARSE = 4
 _MEASURED = 2
@@ -131,7 +132,11 @@ def block_of(volume: Volume, threads: int | None) -> Block:
     shape = np.maximum(8, np.ceil((upper - lower) / _SPACING_MM)).astype(int)
     grid = Geometry.aligned((int(shape[0]), int(shape[1]), int(shape[2])), (_SPACING_MM,) * 3, (lower + upper) / 2.0)
     data = resample_affine(volume.data[None], volume.geometry, grid, threads=threads)[0]
-    return Block(np.maximum(data, 0.0), grid)
+    block = Block(np.maximum(data, 0.0), grid)
+    # What the search works on: as small as that, no axes can be told from one another.
+    if min(np.count_nonzero(block.averaged(n).mask) for n in (1, _MEASURED, _COARSE)) < _FEWEST_VOXELS:
+        raise BadDataError(f"{volume.path or 'image'}: has next to no foreground; check the file in a viewer")
+    return block
 
 
 def foreground_box(volume: Volume) -> tuple[FloatArray, FloatArray]:

@@ -46,13 +46,26 @@ _ARGUMENTS = {
 }
 
 
+_VERSION = 1
+"""Of the kernels that this file calls, as ``jrs_version`` says it."""
+
+
+def _file() -> str | None:
+    """The compiled library, of whatever version."""
+    found = importlib.util.find_spec("jrs.runtime._kernels")
+    return None if found is None else found.origin
+
+
 @lru_cache(maxsize=1)
 def _loaded() -> Any:
-    found = importlib.util.find_spec("jrs.runtime._kernels")
-    if found is None or found.origin is None:
+    file = _file()
+    if file is None:
         return None
     try:
-        library = ctypes.CDLL(found.origin)
+        library = ctypes.CDLL(file)
+        library.jrs_version.restype = _I64
+        if library.jrs_version() != _VERSION:
+            return None
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
@@ -68,6 +81,8 @@ def available() -> bool:
 
 def status() -> str:
     """What ``jrs doctor`` says of them."""
+    if _loaded() is None and _file() is not None:
+        return "compiled for another version of jrs, resampling and refinement are slower; install jrs again"
     if _loaded() is None:
         return "not compiled, resampling and refinement are slower; install a C compiler and then jrs again"
     return "compiled" if available() else "turned off by JRS_KERNELS"

@@ -34,6 +34,7 @@ _PLANES_A_THREAD = 12
 def refine_level(inputs: Mapping[str, Array], threads: int | None = None) -> dict[str, Array]:
     """``refined``, ``similarity`` and ``done`` of the graph's inputs, by the same names and in the same shapes."""
     given = {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in inputs.items()}
+    _check_shapes(*(given[name].shape for name in ("fixed", "moving", "weights", "displacement")))
     level = _Level(given["fixed"][0], given["moving"][0], given["weights"][0, 0], threads)
     update_kernel, field_kernel = given["update_kernel"], given["field_kernel"]
     u = given["displacement"][0]
@@ -54,6 +55,13 @@ def refine_level(inputs: Mapping[str, Array], threads: int | None = None) -> dic
         "similarity": np.array([similarities[0], similarities[-1]], dtype=np.float32),
         "done": np.array(len(similarities), dtype=np.float32),
     }
+
+
+def _check_shapes(fixed: tuple[int, ...], moving: tuple[int, ...], *others: tuple[int, ...]) -> None:
+    """The kernels take sizes on trust."""
+    want = [fixed, *((1, channels, *fixed[2:]) for channels in (1, 3))]
+    if len(fixed) != 5 or fixed[0] != 1 or [moving, *others] != want:
+        raise ValueError(f"images, weights and displacement do not lie on one grid: {[fixed, moving, *others]}")
 
 
 class _Level:
@@ -106,13 +114,14 @@ class _Level:
         self._in_planes(
             lambda part, scratch: native.smooth(part, field, update, scale, kernel, scratch, out, largest),
             kernel.size + 2,
+            2 * kernel.size,
         )
         return float(largest.max())
 
-    def _in_planes(self, work: Callable[[tuple[int, int], Array], None], planes: int) -> None:
-        """``work`` on pieces of the first axis, each with ``planes`` and some rows of scratch."""
+    def _in_planes(self, work: Callable[[tuple[int, int], Array], None], planes: int, more: int = 0) -> None:
+        """``work`` on pieces of the first axis, each with ``planes``, some rows and ``more`` voxels of scratch."""
         _, ny, nz = self.shape
-        size = planes * ny * nz + 2 * nz + 64
+        size = planes * ny * nz + 2 * nz + more + 64
         workers = min(self.threads or available_cpus(), max(1, self.shape[0] // _PLANES_A_THREAD))
         in_threads(
             lambda start, stop: work((start, stop), np.empty(size, dtype=np.float32)),

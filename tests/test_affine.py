@@ -244,3 +244,19 @@ def test_an_upside_down_head_is_found_by_the_further_starts(fixed: Volume) -> No
     found = starts(moving, block, True, True, 2)[0]
     assert worst_mm(found, turned) < 5.0
     assert quality(moving, block, found).mutual_information > quality(moving, block, near).mutual_information - 1e-6
+
+
+@pytest.mark.parametrize("kind", ["a plane", "single voxels"])
+def test_a_foreground_that_vanishes_at_the_searchs_resolution(kind: str) -> None:
+    data = np.full((60, 60, 60), -1000.0, dtype=np.float32)
+    if kind == "a plane":
+        data[10:50, 10:50, 30] = 100.0
+    else:
+        data[::2, ::2, ::2] = 100.0
+    thin = Volume(data, Geometry(data.shape, np.eye(4)), Path("thin.nii"))
+    x = np.indices((60, 60, 60)) - 30.0
+    inside = (np.linalg.norm(x, axis=0) < 22).astype(np.float32)
+    ball = Volume(inside, thin.geometry, Path("ball.nii"))
+    for pair in ((thin, ball), (ball, thin)):
+        with pytest.raises(BadDataError, match=r"thin\.nii.*foreground"):
+            register_affine(*pair)

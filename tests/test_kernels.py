@@ -187,9 +187,23 @@ def test_without_the_compiled_module_nothing_is_missed(monkeypatch: pytest.Monke
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: spec)
     native._loaded.cache_clear()
     try:
-        assert not native.available() and "install a C compiler" in native.status()
+        assert not native.available() and "another version" in native.status()
         data = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
         np.testing.assert_allclose(sample(data, np.indices((2, 3, 4)).astype(np.float32)), data, atol=1e-4)
+    finally:
+        monkeypatch.undo()
+        native._loaded.cache_clear()
+
+
+def test_kernels_of_another_version_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.available()
+    monkeypatch.setattr(native, "_VERSION", native._VERSION + 1)
+    native._loaded.cache_clear()
+    try:
+        assert not native.available() and "another version" in native.status()
+        monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
+        native._loaded.cache_clear()
+        assert "install a C compiler" in native.status()
     finally:
         monkeypatch.undo()
         native._loaded.cache_clear()
@@ -241,7 +255,7 @@ def test_the_networks_own_warp_is_the_graphs() -> None:
         got = network.register(image, *codes)
         with portable():
             want = network.register(image, *codes)
-    # The graph adds the voxel's index and takes it away again.
-    np.testing.assert_allclose(got.displacement, want.displacement, atol=2e-5)
+    # The graph adds the index and takes it away again, and a second pass sees what that did to the image.
+    np.testing.assert_allclose(got.displacement, want.displacement, atol=5e-4)
     assert np.abs(want.moved - image).max() > 0.1
     np.testing.assert_allclose(got.moved, want.moved, atol=2e-3)

@@ -80,6 +80,13 @@ def test_the_command_says_all_before_it_ends() -> None:
     assert done.returncode == 2 and done.stderr.startswith("jrs: no case given")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_stream_that_was_closed_is_no_error(closed: str) -> None:
+    command = f"{sys.executable} -m jrs infer --help {closed}"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_output_that_cannot_be_written_is_an_error() -> None:
     with Path("/dev/full").open("w") as full:
