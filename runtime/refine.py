@@ -37,7 +37,7 @@ from jrs.volume import Volume, foreground_mask
 Array = npt.NDArray[np.float32]
 
 GRAPH = DATA / "graphs" / "refine.onnx"
-DEFAULT_ITERATIONS = 6
+DEFAULT_ITERATIONS = 4
 
 
 @dataclass(frozen=True)
@@ -250,6 +250,8 @@ class Refiner:
                     # The coarse level is stiff: all that it can do to a good start is to smooth it.
                     done.append(0)
                     after = before
+                    if index + 1 < len(fixed.levels):
+                        continue  # with the start as it is, not as this level's grid holds it
                 field = DisplacementField(moving.tumors.stiffened(u_mm, grid), grid)
         spacings = tuple(level.spacing_mm for level in fixed.levels)
         return Refined(field, before, after, tuple(done), spacings, moving.modalities)

@@ -316,6 +316,15 @@ def test_a_level_that_worsens_a_good_start_is_dropped(pair: tuple[Volume, Volume
     found = Refiner("ort-cpu", threads=1).refine(*sides, truth, 4)
     assert found.iterations == (0,) and found.similarity_after == found.similarity_before
     np.testing.assert_array_equal(found.displacement.vectors_mm, displacement_on(truth, grids[0], 1))
+    # Levels after it begin where it began.
+    both, alone = (
+        Refiner("ort-cpu", threads=1).refine(
+            *(pyramid(c.images, ["t1"], levels[s], grids[s], np.eye(4), none, 1) for c in images), truth, 4
+        )
+        for s in (slice(0, 2), slice(1, 2))
+    )
+    assert both.iterations[0] == 0
+    np.testing.assert_array_equal(both.displacement.vectors_mm, alone.displacement.vectors_mm)
     # From no displacement the same level is of use.
     zero = DisplacementField(np.zeros_like(truth.vectors_mm), grid)
     again = Refiner("ort-cpu", threads=1).refine(*sides, zero, 4)
