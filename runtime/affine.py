@@ -27,6 +27,8 @@ POOR_OVERLAP = 0.75
 """A Dice score of the foregrounds below this is no alignment of two images of the same part of a head."""
 _SPACING_MM = 2.0
 _FEWEST_VOXELS = 8
+_LARGEST_MM = 1000.0
+"""No head reaches so far; a header of wrong spacings does, and would fill the memory."""
 _MARGIN_MM = 6.0
 _COARSE = 4
 _MEASURED = 2
@@ -128,6 +130,11 @@ def block_of(volume: Volume, threads: int | None) -> Block:
     """The image at half resolution on a grid along RAS axes that just holds its foreground, negatives cut off."""
     volume = volume.canonical
     lower, upper = _box(volume)
+    extent = (upper - lower).max()
+    if extent > _LARGEST_MM:
+        raise BadDataError(
+            f"{volume.path or 'image'}: its foreground spans {extent:.0f} mm; check the voxel size in its header"
+        )
     lower, upper = lower - _MARGIN_MM, upper + _MARGIN_MM
     shape = np.maximum(8, np.ceil((upper - lower) / _SPACING_MM)).astype(int)
     grid = Geometry.aligned((int(shape[0]), int(shape[1]), int(shape[2])), (_SPACING_MM,) * 3, (lower + upper) / 2.0)

@@ -260,3 +260,10 @@ def test_a_foreground_that_vanishes_at_the_searchs_resolution(kind: str) -> None
     for pair in ((thin, ball), (ball, thin)):
         with pytest.raises(BadDataError, match=r"thin\.nii.*foreground"):
             register_affine(*pair)
+
+
+def test_spacings_that_no_head_has() -> None:
+    data = np.ones((30, 30, 30), dtype=np.float32)
+    vast = Volume(data, Geometry(data.shape, np.diag([1.0, 50.0, 1.0, 1.0])), Path("vast.nii"))
+    with pytest.raises(BadDataError, match=r"vast\.nii.*1450 mm.*voxel size"):
+        register_affine(vast, vast)
