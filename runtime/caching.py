@@ -43,8 +43,7 @@ VERDICTS = "precision"
 ENGINES = "engines"
 """Counted and cleared here, kept by ``jrs.runtime.engines.plans``."""
 
-Array = npt.NDArray[np.float32]
-
+_DTYPES = np.dtype(np.float32), np.dtype(np.uint16)
 _MAGIC = b"JRSCACH1"
 _LONGEST_HEADER = 1 << 20
 _ENDING = ".jrs"
@@ -76,17 +75,17 @@ def cache_limit() -> int:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What is stored under a key: named float32 arrays and a JSON value.
+    """What is stored under a key: named arrays, float32 or uint16, and a JSON value.
 
     Arrays come in C order, as they do from the disk: sums over another order differ in their last bits.
     """
 
-    arrays: dict[str, Array] = field(default_factory=dict)
+    arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     value: Any = None
 
     def __post_init__(self) -> None:
-        if any(array.dtype != np.float32 for array in self.arrays.values()):
-            raise TypeError("an entry holds float32 arrays")
+        if any(array.dtype not in _DTYPES for array in self.arrays.values()):
+            raise TypeError("an entry holds float32 and uint16 arrays")
         ordered = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
         object.__setattr__(self, "arrays", ordered)
 
@@ -208,8 +207,8 @@ def _remove(path: Path) -> None:
 
 
 def _write(stream: BinaryIO, key: Mapping[str, Any], entry: Entry) -> None:
-    arrays = {name: array.astype("<f4", copy=False) for name, array in entry.arrays.items()}
-    shapes = [[name, list(array.shape)] for name, array in arrays.items()]
+    arrays = {name: array.astype(array.dtype.newbyteorder("<"), copy=False) for name, array in entry.arrays.items()}
+    shapes = [[name, list(array.shape), array.dtype.name] for name, array in arrays.items()]
     header = _json({"key": key, "value": entry.value, "arrays": shapes})
     checksum = hashlib.sha256(header)
     for array in arrays.values():
@@ -229,16 +228,16 @@ def _read(stream: BufferedReader, key: Mapping[str, Any]) -> Entry:
     described = json.loads(header)
     if _json(described["key"]) != _json(key):
         raise ValueError("another key")
-    shapes = {name: tuple(int(n) for n in shape) for name, shape in described["arrays"]}
-    size = sum(4 * int(np.prod(shape)) for shape in shapes.values())
+    shapes = {name: (tuple(int(n) for n in shape), np.dtype(kind)) for name, shape, kind in described["arrays"]}
+    size = sum(dtype.itemsize * int(np.prod(shape)) for shape, dtype in shapes.values())
     if os.fstat(stream.fileno()).st_size != len(start) + length + size:
         raise ValueError("cut off")
     checksum, arrays = hashlib.sha256(header), {}
-    for name, shape in shapes.items():
-        array = np.empty(shape, dtype="<f4")
+    for name, (shape, dtype) in shapes.items():
+        array = np.empty(shape, dtype.newbyteorder("<"))
         stream.readinto(array.data.cast("B"))
         checksum.update(array.data)
-        arrays[name] = array.astype(np.float32, copy=False)
+        arrays[name] = array.astype(dtype, copy=False)
     if checksum.digest() != wanted:
         raise ValueError("damaged")
     return Entry(arrays, described["value"])

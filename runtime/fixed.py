@@ -25,7 +25,7 @@ from jrs.runtime.affine import block_of
 from jrs.runtime.affine_search import Block
 from jrs.runtime.caching import Entry, Store, digest
 from jrs.runtime.cases import Case, load_case
-from jrs.runtime.engines import hosted, on_gpu
+from jrs.runtime.engines import ChannelsLast, hosted, on_gpu
 from jrs.runtime.machine import code_digest, numerics
 from jrs.runtime.network import Codes, Network
 from jrs.runtime.preprocess import NetworkInput, network_input, place_grid
@@ -37,7 +37,7 @@ Array = npt.NDArray[np.float32]
 
 _FORMAT = 1
 _SAMPLED = ("jrs.geometry", "jrs.volume", "jrs.runtime.sampling", "jrs.runtime.native", "jrs.runtime.affine")
-_ENGINES = ("jrs.runtime.engines.base", "jrs.runtime.engines.openvino", "jrs.runtime.engines.onnxruntime")
+_ENGINES = tuple(f"jrs.runtime.engines.{name}" for name in ("base", "openvino", "openvino_graph", "onnxruntime"))
 # The sources of what makes an entry of each kind.
 _CODE = {
     "input": (*_SAMPLED, "jrs.runtime.preprocess", "jrs.runtime.affine_search", "jrs.runtime.affine_climb"),
@@ -198,12 +198,24 @@ class FixedImages:
             backend=network.backend,
             precision=network.choice.precision,
         )
-        return shelf.entry("codes", key, lambda: Entry(hosted(network.encode(inputs.tensor)))).arrays
+        return _codes_of(shelf.entry("codes", key, lambda: _codes_entry(network.encode(inputs.tensor))))
 
 
 def _block_entry(volume: Volume, threads: int | None) -> Entry:
     block = block_of(volume, threads)
     return Entry({"data": block.data}, _described(block.grid))
+
+
+def _codes_entry(codes: Codes) -> Entry:
+    """Codes as the backend keeps them: laid out anew they would be twice as large and have to be turned back."""
+    kept = {name: code for name, code in codes.items() if isinstance(code, ChannelsLast)}
+    others = {name: code for name, code in codes.items() if name not in kept}
+    return Entry({**hosted(others), **{name: code.data for name, code in kept.items()}}, {"channels_last": [*kept]})
+
+
+def _codes_of(entry: Entry) -> Codes:
+    last = entry.value["channels_last"]
+    return {name: ChannelsLast(array) if name in last else array for name, array in entry.arrays.items()}
 
 
 def _numbered(images: Sequence[Array]) -> dict[str, Array]:

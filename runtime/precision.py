@@ -39,6 +39,7 @@ _CODE = (
     "jrs.runtime.sampling",
     "jrs.runtime.network",
     "jrs.runtime.engines.openvino",
+    "jrs.runtime.engines.openvino_graph",
 )
 
 _TUMOR_MM = (28.0, 10.0, 22.0)  # from the middle of the brain: white matter of the right hemisphere

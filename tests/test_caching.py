@@ -55,6 +55,15 @@ def test_arrays_have_one_order_whether_they_come_from_the_disk_or_not() -> None:
         Entry({"a": np.zeros(3)})
 
 
+def test_an_entry_keeps_what_kind_of_numbers_it_holds(store: Store) -> None:
+    kept = {"bits": np.arange(6, dtype=np.uint16).reshape(2, 3) + 40000, "single": np.float32([0.1, np.nan])}
+    store.save("codes", KEY, Entry(dict(kept)))
+    again = store.load("codes", KEY)
+    assert again is not None
+    for name, array in kept.items():
+        assert again.arrays[name].dtype == array.dtype and again.arrays[name].tobytes() == array.tobytes()
+
+
 @pytest.mark.parametrize("change", [{"bundle": "abd"}, {"threads": 3}, {"threads": None}, {"further": 1}])
 def test_another_key_is_another_entry(store: Store, change: dict[str, object]) -> None:
     store.save("codes", KEY, Entry(arrays()))

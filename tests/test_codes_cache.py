@@ -94,8 +94,8 @@ def test_a_hit_makes_nothing_and_gives_the_same(fresh: Any, phantom: Any) -> Non
     assert second.block("t1").grid.affine.tobytes() == first.block("t1").grid.affine.tobytes()
 
 
-def infer(bundle: Path, phantom: Any, backend: str = "ort-cpu") -> Result:
-    with Pipeline.open(bundle, backend, "fp32", threads=1) as pipeline:
+def infer(bundle: Path, phantom: Any, backend: str = "ort-cpu", precision: str = "fp32") -> Result:
+    with Pipeline.open(bundle, backend, precision, threads=1) as pipeline:
         return pipeline.infer(phantom.folder, phantom.atlas)
 
 
@@ -113,20 +113,20 @@ def same(one: Result, two: Result) -> None:
     assert one.affine_quality == two.affine_quality
 
 
-@pytest.mark.parametrize("backend", ["ort-cpu", "openvino"])
+@pytest.mark.parametrize("engine", [("ort-cpu", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")])
 def test_a_case_comes_out_the_same(
-    backend: str, tiny_bundle: Path, phantom: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+    engine: tuple[str, str], tiny_bundle: Path, phantom: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if backend == "openvino":
+    if engine[0] == "openvino":
         pytest.importorskip("openvino")
-    miss = infer(tiny_bundle, phantom, backend)
+    miss = infer(tiny_bundle, phantom, *engine)
     held = Store(folder).contents()
     assert {kind for kind, (number, _) in held.items() if number} == {"input", "codes", "affine", "pyramid"}
-    hit = infer(tiny_bundle, phantom, backend)
+    hit = infer(tiny_bundle, phantom, *engine)
     assert Store(folder).contents() == held
     monkeypatch.setenv("JRS_CACHE_LIMIT", "0")
     same(miss, hit)
-    same(miss, infer(tiny_bundle, phantom, backend))
+    same(miss, infer(tiny_bundle, phantom, *engine))
 
 
 def test_what_depends_on_a_predicted_tumour_is_not_kept(tiny_bundle: Path, phantom: Any, folder: Path) -> None:

@@ -10,14 +10,15 @@ import importlib.util
 from pathlib import Path
 
 from jrs.errors import BackendError, UsageError
-from jrs.runtime.engines.base import Array, Engine, EngineInfo, EngineOptions, OnDevice, Value, hosted
+from jrs.runtime.engines.base import Array, ChannelsLast, Engine, EngineInfo, EngineOptions, Held, Value, hosted
 
 __all__ = [
     "Array",
+    "ChannelsLast",
     "Engine",
     "EngineInfo",
     "EngineOptions",
-    "OnDevice",
+    "Held",
     "Value",
     "all_backends",
     "available_backends",

@@ -10,9 +10,20 @@ import numpy as np
 import numpy.typing as npt
 
 from jrs.errors import BackendError, OutOfMemoryError, last_line
-from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, Value, graph_name, hosted
+from jrs.runtime.engines.base import (
+    Array,
+    ChannelsLast,
+    Closing,
+    EngineInfo,
+    EngineOptions,
+    Value,
+    graph_name,
+    hosted,
+    is_code,
+    on_host,
+)
 
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
+_TYPES = {"fp32": "f32", "bf16": "bf16"}
 
 
 class OpenVinoEngine(Closing):
@@ -23,18 +34,23 @@ class OpenVinoEngine(Closing):
             import openvino
         except ImportError as error:
             raise BackendError(f"backend openvino: cannot be imported ({error}); pip install openvino") from error
-        if options.precision not in _HINTS:
+        if options.precision not in _TYPES:
             raise BackendError(f"backend openvino: precision {options.precision} is not offered; use fp32 or bf16")
         # The default is bf16 on some CPUs and FP32 on others: always say which.
         settings: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": _HINTS[options.precision],
+            "INFERENCE_PRECISION_HINT": _TYPES[options.precision],
             "PERFORMANCE_HINT": "LATENCY",
         }
         if options.threads:
             settings["INFERENCE_NUM_THREADS"] = options.threads
         try:
+            from jrs.runtime.engines.openvino_graph import average_in_blocks, codes_last
+
             core = openvino.Core()
-            self._native: Any = core.compile_model(core.read_model(str(graph)), "CPU", settings)
+            model = core.read_model(str(graph))
+            average_in_blocks(model)
+            model = codes_last(model, getattr(openvino.Type, _TYPES[options.codes]))
+            self._native: Any = core.compile_model(model, "CPU", settings)
         except Exception as error:
             raise BackendError(f"backend openvino: cannot compile {graph_name(graph)} ({last_line(error)})") from error
         self._graph, self._lean = graph, options.lean
@@ -43,19 +59,13 @@ class OpenVinoEngine(Closing):
     def __enter__(self) -> OpenVinoEngine:
         return self
 
-    def keep(self, inputs: Mapping[str, Value]) -> dict[str, Array]:
-        """Run once: the host's memory is this backend's."""
-        return self(inputs)
-
-    def __call__(self, inputs: Mapping[str, Value]) -> dict[str, Array]:
-        """Run once; outputs are written where the caller keeps them."""
+    def keep(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
+        """Run once; codes stay in the layout and precision in which the next graph takes them."""
         try:
-            given = hosted(inputs)
-            # Writeable, because OpenVINO takes nothing else; it writes to no input.
-            feeds = [np.require(given[p.get_any_name()], _type(p), ("C", "W")) for p in self._native.inputs]
-            results = [np.empty(tuple(p.shape), _type(p)) for p in self._native.outputs]
+            feeds = [_fed(inputs[port.get_any_name()], port) for port in self._native.inputs]
+            results = [np.empty(tuple(port.shape), _dtype(port)) for port in self._native.outputs]
             self._infer(feeds, results)
-            names = [p.get_any_name() for p in self._native.outputs]
+            names = [port.get_any_name() for port in self._native.outputs]
         except Exception as error:
             reason = last_line(error)
             if "alloc" in reason.lower() or "memory" in reason.lower():
@@ -63,19 +73,43 @@ class OpenVinoEngine(Closing):
                     f"{graph_name(self._graph)}: out of memory; close other programs or use a smaller grid"
                 ) from error
             raise BackendError(f"backend openvino: {graph_name(self._graph)} failed ({reason})") from error
-        return {n: result.astype(np.float32, copy=False) for n, result in zip(names, results, strict=True)}
+        return {n: _named(n, result) for n, result in zip(names, results, strict=True)}
+
+    def __call__(self, inputs: Mapping[str, Value]) -> dict[str, Array]:
+        """Run once."""
+        return hosted(self.keep(inputs))
 
     def _infer(self, feeds: list[npt.NDArray[Any]], results: list[npt.NDArray[Any]]) -> None:
         from openvino import Tensor
 
         request = self._native.create_infer_request()
         for port, array in zip((*self._native.inputs, *self._native.outputs), (*feeds, *results), strict=True):
-            request.set_tensor(port, Tensor(array, shared_memory=True))
+            # Shared: outputs are written where the caller keeps them.
+            request.set_tensor(port, Tensor(array, port.shape, port.element_type))
         request.infer()
         del request
         if self._lean:
             self._native.release_memory()
 
 
-def _type(port: Any) -> Any:
-    return port.element_type.to_dtype()
+def _fed(value: Value, port: Any) -> npt.NDArray[Any]:
+    dtype = _dtype(port)
+    if is_code(port.get_any_name()):
+        if not (isinstance(value, ChannelsLast) and value.data.dtype == dtype):
+            value = ChannelsLast.of(on_host(value), dtype)
+        array = value.data
+    else:
+        array = on_host(value)
+    if array.shape != tuple(port.shape):  # memory is handed over as it is, and nothing further on looks
+        raise ValueError(f"{port.get_any_name()}: {array.shape} where {tuple(port.shape)} belongs")
+    # Writeable, because OpenVINO takes nothing else; it writes to no input.
+    return np.require(array, dtype, ("C", "W"))
+
+
+def _named(name: str, result: npt.NDArray[Any]) -> Value:
+    return ChannelsLast(result) if is_code(name) else result.astype(np.float32, copy=False)
+
+
+def _dtype(port: Any) -> Any:
+    """What NumPy keeps a port's values in: of bfloat16 the bits."""
+    return np.dtype(np.uint16) if port.element_type.get_type_name() == "bf16" else port.element_type.to_dtype()
