@@ -16,6 +16,7 @@ from jrs.models.network import Codes, JointNet
 from jrs.models.spatial import displacement, warp
 from jrs.reading import read_volume
 from jrs.resources import atlas_path
+from jrs.runtime.libraries import import_onnxruntime
 from jrs.runtime.preprocess import network_input, place_grid
 from jrs.volume import Volume
 
@@ -114,7 +115,7 @@ class GraphSession:
     """A graph in memory on the CPU; BF16, which ONNX Runtime has no convolutions for there, as rounded FP32."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        import onnxruntime
+        onnxruntime = import_onnxruntime()
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3

@@ -14,6 +14,7 @@ from typing import Any
 from jrs import __version__
 from jrs.parallel import available_cpus
 from jrs.runtime import native
+from jrs.runtime.libraries import import_openvino
 
 _LIBRARIES = ("numpy", "onnxruntime-gpu", "onnxruntime", "openvino", "SimpleITK")
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
@@ -32,9 +33,7 @@ def computes_bf16() -> bool:
         # The same answer as the library's, without the tenth of a second that importing it takes.
         return bool(_BF16_FLAGS & set((_cpuinfo("flags") or "").split()))
     try:
-        import openvino
-
-        return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return "BF16" in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     except Exception:  # no library, no device: opening an engine says why
         return False
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from jrs.geometry import FloatArray, Geometry, Shape
 from jrs.parallel import available_cpus
 from jrs.runtime import native
+from jrs.runtime.libraries import import_onnxruntime
 
 Array = npt.NDArray[np.float32]
 
@@ -35,7 +36,7 @@ _WORTH_INTERLEAVING = 0.2
 
 @lru_cache(maxsize=1)
 def _session() -> Any:
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -8,6 +8,7 @@ from typing import Any
 
 from jrs.errors import BackendError, OutOfMemoryError, first_line
 from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, Value, graph_name, hosted
+from jrs.runtime.libraries import import_onnxruntime
 
 
 class OnnxRuntimeEngine(Closing):
@@ -15,7 +16,7 @@ class OnnxRuntimeEngine(Closing):
 
     def __init__(self, graph: Path, options: EngineOptions) -> None:
         try:
-            import onnxruntime
+            onnxruntime = import_onnxruntime()
         except ImportError as error:
             raise BackendError(
                 f"backend ort-cpu: onnxruntime cannot be imported ({error}); install jrs again"

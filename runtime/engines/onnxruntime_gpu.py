@@ -11,13 +11,14 @@ import numpy as np
 
 from jrs.errors import BackendError, OutOfMemoryError, first_line
 from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, Value, graph_name
+from jrs.runtime.libraries import import_onnxruntime
 
 PROVIDERS = {"ort-cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}
 
 
 def why_no_provider(backend: str) -> str | None:
     """What the installed ONNX Runtime lacks for a backend; None if it has the provider."""
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
 
     if PROVIDERS[backend] in onnxruntime.get_available_providers():
         return None
@@ -74,7 +75,7 @@ class OrtCudaEngine(Closing):
 
     def __init__(self, graph: Path, options: EngineOptions) -> None:
         try:
-            import onnxruntime
+            onnxruntime = import_onnxruntime()
         except ImportError as error:
             raise BackendError(
                 f"backend {self.backend}: onnxruntime cannot be imported ({error}); install jrs again"

@@ -22,6 +22,7 @@ from jrs.runtime.engines.base import (
     is_code,
     on_host,
 )
+from jrs.runtime.libraries import import_openvino
 
 _TYPES = {"fp32": "f32", "bf16": "bf16"}
 
@@ -31,7 +32,7 @@ class OpenVinoEngine(Closing):
 
     def __init__(self, graph: Path, options: EngineOptions) -> None:
         try:
-            import openvino
+            openvino = import_openvino()
         except ImportError as error:
             raise BackendError(f"backend openvino: cannot be imported ({error}); pip install openvino") from error
         if options.precision not in _TYPES:
@@ -80,12 +81,11 @@ class OpenVinoEngine(Closing):
         return hosted(self.keep(inputs))
 
     def _infer(self, feeds: list[npt.NDArray[Any]], results: list[npt.NDArray[Any]]) -> None:
-        from openvino import Tensor
-
+        tensor = import_openvino().Tensor
         request = self._native.create_infer_request()
         for port, array in zip((*self._native.inputs, *self._native.outputs), (*feeds, *results), strict=True):
             # Shared: outputs are written where the caller keeps them.
-            request.set_tensor(port, Tensor(array, port.shape, port.element_type))
+            request.set_tensor(port, tensor(array, port.shape, port.element_type))
         request.infer()
         del request
         if self._lean:
