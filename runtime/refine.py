@@ -6,7 +6,8 @@ doi 10.1016/j.media.2007.06.004; Yushkevich et al. 2016, ``greedy``). The arithm
 loop inside, made by ``jrs.export.refinement``; ``docs/refinement.md`` has the equations and what was measured.
 
 Tumours take no part: nothing inside them is compared, and they move as rigid bodies, so that the deformation
-neither shrinks nor swells them.
+neither shrinks nor swells them. Between two images of one head, which are told by how well a smooth deformation
+explains them, there is less to find and all of it can be found: see ``Refiner.refine``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ from jrs.runtime.tumors import HALF_DIAGONAL, Tumors
 from jrs.volume import Volume, foreground_mask
 
 Array = npt.NDArray[np.float32]
+_LevelBy: TypeAlias = Callable[[dict[str, Array]], Mapping[str, Array]]
 
 GRAPH = DATA / "graphs" / "refine.onnx"
 DEFAULT_ITERATIONS = 4
@@ -56,13 +58,18 @@ LEVELS = (Level(4.0, 3, 1.7, 0.7), Level(2.0, 2, 1.0, 0.4), Level(4.0 / 3.0, 1, 
 _MARGIN_MM = 6.0
 _WORTHWHILE = 0.6
 """A level whose voxels are smaller than this part of the images' own is left out."""
+_ONE_HEAD = 0.87
+"""Two images are one head's if a smooth deformation alone makes them this nearly as similar as the network's does."""
+_ONE_HEADS_EFFORT = 3
+"""Times as many iterations for two images of one head: what they find there is the truth, not a likeness."""
 
 
 @dataclass(frozen=True)
 class Refined:
     """``displacement`` on the finest level's grid; mean squared local correlation there before and after.
 
-    ``iterations`` of a level that did not raise it are 0, for what it did was dropped.
+    ``iterations`` of a level that did not raise it are 0, for what it did was dropped. ``one_head``: the images
+    were taken for two of the same head, and the network's displacement was left for the affine.
     """
 
     displacement: DisplacementField
@@ -71,6 +78,7 @@ class Refined:
     iterations: tuple[int, ...]
     spacings_mm: tuple[float, ...]
     modalities: tuple[str, ...]
+    one_head: bool = False
 
     def summary(self) -> dict[str, Any]:
         """For the report."""
@@ -78,6 +86,7 @@ class Refined:
             "modalities": list(self.modalities),
             "levels_mm": [round(spacing, 3) for spacing in self.spacings_mm],
             "iterations": list(self.iterations),
+            "start": "affine" if self.one_head else "network",
             "local_correlation": {"before": round(self.similarity_before, 4), "after": round(self.similarity_after, 4)},
         }
 
@@ -224,41 +233,86 @@ class Refiner:
 
         Both pyramids have the same grids; ``start`` may lie on any. Where the result has no grid it fades as
         ``Transform`` says.
-        """
-        field, done = start, []
-        with self._level() as level_by:
-            for index, (level, grid) in enumerate(zip(fixed.levels, fixed.grids, strict=True)):
-                u_mm = displacement_on(field, grid, self.threads)
-                linear = np.linalg.inv(grid.affine[:3, :3]).astype(np.float32)
-                result = level_by(
-                    {
-                        "fixed": fixed.images[index],
-                        "moving": moving.images[index],
-                        "weights": _weights(moving, fixed, u_mm, grid)[None, None],
-                        "displacement": np.einsum("iw,wxyz->ixyz", linear, u_mm)[None],
-                        "update_kernel": gaussian(level.update_deviation),
-                        "field_kernel": gaussian(level.field_deviation),
-                        "step": np.array(level.step, dtype=np.float32),
-                        "iterations": np.array(iterations * level.share, dtype=np.float32),
-                    }
-                )
-                before, after = (float(value) for value in result["similarity"])
-                if after >= before:
-                    done.append(int(result["done"]))
-                    u_mm = DisplacementField.from_voxels(result["refined"][0], grid).vectors_mm
-                else:
-                    # The coarse level is stiff: all that it can do to a good start is to smooth it.
-                    done.append(0)
-                    after = before
-                    if index + 1 < len(fixed.levels):
-                        continue  # with the start as it is, not as this level's grid holds it
-                field = DisplacementField(moving.tumors.stiffened(u_mm, grid), grid)
-        spacings = tuple(level.spacing_mm for level in fixed.levels)
-        return Refined(field, before, after, tuple(done), spacings, moving.modalities)
 
+        Images of one head at two times differ by less than the network, which has learnt how heads differ, adds of
+        its own. They are told by the coarse level: begun from the affine alone, it makes them nearly as similar as
+        the network's displacement does, where two heads stay far behind. They are refined from there, for longer.
+        If the fixed one shows a tumour as well, what became of it is theirs to show: none is held rigid.
+        """
+        with self._level() as level_by:
+            field, done, similar = start, [], (0.0, 0.0)
+            smooth = self._smooth(level_by, moving, fixed, iterations)
+            one_head = smooth is not None and self._explains(smooth[0], start, level_by, moving, fixed)
+            if smooth is not None and one_head:
+                field = smooth[0]
+                iterations *= _ONE_HEADS_EFFORT
+            free = one_head and fixed.tumors.mask is not None
+            for index, grid in enumerate(fixed.grids):
+                u_mm, worked, similar = self._climb(level_by, moving, fixed, index, field, iterations)
+                done.append(worked)
+                # With the start as it is, not as this level's grid holds it.
+                if worked or index + 1 == len(fixed.levels):
+                    field = DisplacementField(u_mm if free else moving.tumors.stiffened(u_mm, grid), grid)
+        if smooth is not None and one_head:
+            done[0] += smooth[1]
+        spacings = tuple(level.spacing_mm for level in fixed.levels)
+        return Refined(field, *similar, tuple(done), spacings, moving.modalities, one_head)
+
+    def _climb(
+        self,
+        level_by: _LevelBy,
+        moving: Pyramid,
+        fixed: Pyramid,
+        index: int,
+        start: DisplacementField,
+        iterations: float,
+    ) -> tuple[Array, int, tuple[float, float]]:
+        """One level: u (3,X,Y,Z) mm on its grid; iterations, 0 if they were dropped; similarity before and after."""
+        level, grid = fixed.levels[index], fixed.grids[index]
+        u_mm = displacement_on(start, grid, self.threads)
+        linear = np.linalg.inv(grid.affine[:3, :3]).astype(np.float32)
+        result = level_by(
+            {
+                "fixed": fixed.images[index],
+                "moving": moving.images[index],
+                "weights": _weights(moving, fixed, u_mm, grid)[None, None],
+                "displacement": np.einsum("iw,wxyz->ixyz", linear, u_mm)[None],
+                "update_kernel": gaussian(level.update_deviation),
+                "field_kernel": gaussian(level.field_deviation),
+                "step": np.array(level.step, dtype=np.float32),
+                "iterations": np.array(iterations * level.share, dtype=np.float32),
+            }
+        )
+        before, after = (float(value) for value in result["similarity"])
+        if after < before:
+            # The coarse level is stiff: all that it can do to a good start is to smooth it.
+            return u_mm, 0, (before, before)
+        refined = DisplacementField.from_voxels(result["refined"][0], grid)
+        return refined.vectors_mm, int(result["done"]), (before, after)
+
+    def _smooth(
+        self, level_by: _LevelBy, moving: Pyramid, fixed: Pyramid, iterations: int
+    ) -> tuple[DisplacementField, int] | None:
+        """What the coarse level makes of the affine alone, and its iterations; None if there is no finer one."""
+        if len(fixed.levels) < 2:
+            return None
+        grid = fixed.grids[0]
+        nothing = DisplacementField(np.zeros((3, *grid.shape), dtype=np.float32), grid)
+        u_mm, worked, _ = self._climb(level_by, moving, fixed, 0, nothing, max(iterations, DEFAULT_ITERATIONS))
+        return DisplacementField(u_mm, grid), worked
+
+    def _explains(
+        self, smooth: DisplacementField, start: DisplacementField, level_by: _LevelBy, moving: Pyramid, fixed: Pyramid
+    ) -> bool:
+        """Whether a smooth deformation makes the images nearly as similar as ``start`` does, on the second grid."""
+        by_smooth, by_start = (
+            self._climb(level_by, moving, fixed, 1, field, 1.0 / fixed.levels[1].share)[2][0]
+            for field in (smooth, start)
+        )
+        return by_smooth >= _ONE_HEAD * by_start > 0.0
 
     @contextmanager
-    def _level(self) -> Iterator[Callable[[dict[str, Array]], Mapping[str, Array]]]:
+    def _level(self) -> Iterator[_LevelBy]:
         """What works a level off: on the CPU the kernels, where they were compiled, else the graph."""
         if native.available() and not on_gpu(self.backend):
             yield partial(refine_level, threads=self.threads)
