@@ -1,11 +1,14 @@
 """The paper's losses (Estienne et al. 2020, section 2.3) and those beyond it.
 
-Images are (N,C,X,Y,Z), masks (N,1,X,Y,Z), labels (N,X,Y,Z) int64; every loss is a scalar in FP32, whatever the
-autocast state. Displacements are in voxels, and so are their derivatives: on an isotropic grid of spacing s mm,
-squared first derivatives are those of the field in mm, squared second derivatives s^2 times those.
+Images are (N,C,X,Y,Z), masks (N,1,X,Y,Z), labels (N,X,Y,Z) int64; every loss is (N,), one value an image by itself, in
+FP32 whatever the autocast state. On a GPU all but mutual information leave the host free. Displacements are in voxels,
+and so are their derivatives: on an isotropic grid of spacing s mm, squared first derivatives are those of the field in
+mm, squared second derivatives s^2 times those.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,9 +20,11 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor
 
     Voxels labelled -1 do not count; where none is known the loss is zero.
     """
-    if not (labels >= 0).any():
-        return logits.float().sum() * 0.0
-    return functional.cross_entropy(logits.float(), labels, class_weights, ignore_index=-1)
+    unlike = functional.cross_entropy(logits.float(), labels, class_weights, ignore_index=-1, reduction="none")
+    weights = (labels >= 0).float()
+    if class_weights is not None:
+        weights = weights * class_weights[labels.clamp(min=0)]
+    return unlike.sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3)).clamp(min=1e-12)
 
 
 def masked_mse(moved: Tensor, fixed: Tensor, mask: Tensor | None = None, present: Tensor | None = None) -> Tensor:
@@ -31,11 +36,14 @@ def masked_mse(moved: Tensor, fixed: Tensor, mask: Tensor | None = None, present
     residual = moved.float() - fixed.float()
     if mask is not None:
         residual = residual * mask.detach()
-    squared = residual.square()
+    return _over_channels(residual.square().mean(dim=(2, 3, 4)), present)
+
+
+def _over_channels(values: Tensor, present: Tensor | None) -> Tensor:
+    """The mean (N,) of (N,C) over the channels that are ``present``, 0 where none is."""
     if present is None:
-        return squared.mean()
-    per_channel = squared.mean(dim=(2, 3, 4))
-    return (per_channel * present).sum() / present.sum().clamp(min=1.0)
+        return values.mean(dim=1)
+    return (values * present).sum(dim=1) / present.sum(dim=1).clamp(min=1.0)
 
 
 def local_ncc(
@@ -56,38 +64,34 @@ def local_ncc(
     (window / stride)^3 of them. ``present`` as in ``masked_mse``. Without mask and stride this is one more than
     ``monai.losses.LocalNormalizedCrossCorrelationLoss`` up to the grid's border, where cubes are cut, not padded.
     """
+    n, channels = moved.shape[:2]
     with torch.autocast(moved.device.type, enabled=False):
-        image, other, weight = _present_channels(moved, fixed, mask, present)
-        if image.shape[0] == 0:
-            return moved.float().sum() * 0.0
-        inside = _window_sums(weight, window, stride).clamp(min=1e-3)
-        weighted, weighted_other = weight * image, weight * other
+        image, other = moved.float().flatten(0, 1), fixed.float().flatten(0, 1)
+        weight = image.new_ones(1, *image.shape[1:]) if mask is None else mask.detach().float()[:, 0]
+        weight = weight.expand(n, -1, -1, -1)
+        owner = torch.arange(n, device=moved.device).repeat_interleave(channels)
+        kept = None
+        # To know which channels are absent the host would have to wait for a GPU; there all are computed.
+        if present is not None and moved.device.type == "cpu" and not bool(present.all()):
+            kept = present.flatten().nonzero()[:, 0]
+            if not kept.numel():
+                return image.sum() * image.new_zeros(n)
+            image, other, owner = image[kept], other[kept], owner[kept]
+        inside = _window_sums(weight, window, stride).clamp(min=1e-3)[owner]
+        wide = weight[owner]
+        weighted, weighted_other = wide * image, wide * other
         mean = _window_sums(weighted, window, stride) / inside
         mean_other = _window_sums(weighted_other, window, stride) / inside
         variance = _window_sums(weighted * image, window, stride) / inside - mean.square()
         variance_other = _window_sums(weighted_other * other, window, stride) / inside - mean_other.square()
         covariance = _window_sums(weighted * other, window, stride) / inside - mean * mean_other
         scale = (variance.clamp(min=0.0) + epsilon) * (variance_other.clamp(min=0.0) + epsilon)
-        counts = weight[:, ::stride, ::stride, ::stride] * (variance_other > epsilon)
+        counts = wide[:, ::stride, ::stride, ::stride] * (variance_other > epsilon)
         unlike = (counts * (1.0 - covariance.square() / scale)).sum(dim=(1, 2, 3))
-        return (unlike / counts.sum(dim=(1, 2, 3)).clamp(min=1.0)).mean()
-
-
-def _present_channels(
-    moved: Tensor, fixed: Tensor, mask: Tensor | None, present: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The channels that count, one after the other: both images (P,X,Y,Z), and weights (P,X,Y,Z) or (1,X,Y,Z)."""
-    channels = moved.shape[1]
-    image, other = moved.float().flatten(0, 1), fixed.float().flatten(0, 1)
-    weight = image.new_ones(1, *image.shape[1:]) if mask is None else mask.detach().float()[:, 0]
-    if weight.shape[0] > 1:
-        weight = weight.repeat_interleave(channels, dim=0)
-    if present is not None and not bool(present.all()):
-        kept = present.flatten().nonzero()[:, 0]
-        image, other = image[kept], other[kept]
-        if weight.shape[0] > 1:
-            weight = weight[kept]
-    return image.contiguous(), other.contiguous(), weight.contiguous()
+        values = unlike / counts.sum(dim=(1, 2, 3)).clamp(min=1.0)
+        if kept is not None:
+            values = values.new_zeros(n * channels).index_copy(0, kept, values)
+        return _over_channels(values.view(n, channels), present)
 
 
 def _window_sums(volumes: Tensor, window: int, stride: int) -> Tensor:
@@ -114,31 +118,34 @@ def mutual_information(
     present: Tensor | None = None,
     bins: int = 32,
     samples: int = 65536,
-    generator: torch.Generator | None = None,
+    generators: Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Minus the mutual information (nats) of both images, by Gaussian Parzen windows, the mean over channels.
 
-    Voxels: ``samples`` drawn by ``generator`` (CPU) where ``mask`` is above 0.5 and not both images are zero.
-    Each image's bins span its 0.5th to 99.5th percentile. ``present`` as in ``masked_mse``.
+    Voxels: ``samples`` drawn by the image's own of ``generators`` (CPU) where ``mask`` is above 0.5 and not both images
+    are zero. Each image's bins span its 0.5th to 99.5th percentile. ``present`` as in ``masked_mse``.
     """
     from monai.losses import GlobalMutualInformationLoss  # type: ignore[attr-defined]  # takes seconds to load
 
     with torch.autocast(moved.device.type, enabled=False):
         information = GlobalMutualInformationLoss(num_bins=bins).to(moved.device)
-        image, other, weight = _present_channels(moved, fixed, mask, present)
-        values = []
-        for p in range(image.shape[0]):
-            counts = (weight[p % weight.shape[0]] > 0.5) & ((image[p].detach() != 0) | (other[p] != 0))
-            places = counts.flatten().nonzero()[:, 0]
-            if places.numel() < 2:
-                continue
-            if places.numel() > samples:
-                drawn = torch.randint(places.numel(), (samples,), generator=generator)
-                places = places[drawn.to(places.device)]
-            a, b = _to_unit_range(image[p].flatten()[places]), _to_unit_range(other[p].flatten()[places])
-            values.append(information(a[None], b[None]))
-        total: Tensor = torch.stack(values).mean() if values else moved.float().sum() * 0.0
-        return total
+        results = []
+        for n, (image, other) in enumerate(zip(moved.float(), fixed.float(), strict=True)):
+            values = []
+            for c in range(image.shape[0]):
+                counts = (image[c].detach() != 0) | (other[c] != 0)
+                if mask is not None:
+                    counts &= mask[n, 0] > 0.5
+                places = counts.flatten().nonzero()[:, 0]
+                if places.numel() < 2 or (present is not None and not bool(present[n, c])):
+                    continue
+                if places.numel() > samples:
+                    generator = None if generators is None else generators[n]
+                    places = places[torch.randint(places.numel(), (samples,), generator=generator).to(places.device)]
+                a, b = _to_unit_range(image[c].flatten()[places]), _to_unit_range(other[c].flatten()[places])
+                values.append(information(a[None], b[None]))
+            results.append(torch.stack(values).mean() if values else image.sum() * 0.0)
+        return torch.stack(results)
 
 
 def _to_unit_range(values: Tensor) -> Tensor:
@@ -148,17 +155,22 @@ def _to_unit_range(values: Tensor) -> Tensor:
 
 
 def gradient_l1(gradients: Tensor, reduction: str = "sum") -> Tensor:
-    """||Phi - 1||_1 of spatial gradients (N,3,X,Y,Z), per image: summed over voxels (the paper's) or ``mean``."""
-    distance = (gradients.float() - 1.0).abs()
-    return distance.sum() / gradients.shape[0] if reduction == "sum" else distance.mean()
+    """||Phi - 1||_1 of spatial gradients (N,3,X,Y,Z), summed over voxels (the paper's) or their ``mean``."""
+    distance = (gradients.float() - 1.0).abs().flatten(1)
+    return distance.sum(dim=1) if reduction == "sum" else distance.mean(dim=1)
 
 
 def diffusion(displacement: Tensor) -> Tensor:
     """Mean squared forward difference of a displacement (N,3,X,Y,Z) in voxels along the three axes."""
-    total = displacement.new_zeros(())
+    total = displacement.new_zeros(len(displacement))
     for axis in (2, 3, 4):
-        total = total + displacement.diff(dim=axis).square().mean()
+        total = total + _mean(displacement.diff(dim=axis).square())
     return total / 3.0
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Over all but the images, (N,)."""
+    return values.mean(dim=tuple(range(1, values.dim())))
 
 
 def bending_energy(displacement: Tensor) -> Tensor:
@@ -177,12 +189,12 @@ def bending_energy(displacement: Tensor) -> Tensor:
             place[axis] = slice(1 + step, u.shape[2 + axis] - 1 + step)
         return u[(slice(None), slice(None), *place)]
 
-    energy = u.new_zeros(())
+    energy = u.new_zeros(len(u))
     for a in range(3):
-        energy = energy + (at((a, 1)) - 2.0 * at() + at((a, -1))).square().mean()
+        energy = energy + _mean((at((a, 1)) - 2.0 * at() + at((a, -1))).square())
         for b in range(a + 1, 3):
             mixed = at((a, 1), (b, 1)) - at((a, 1), (b, -1)) - at((a, -1), (b, 1)) + at((a, -1), (b, -1))
-            energy = energy + 2.0 * (mixed / 4.0).square().mean()
+            energy = energy + 2.0 * _mean((mixed / 4.0).square())
     return energy
 
 
@@ -191,7 +203,7 @@ def inverse_consistency(displacement: Tensor, carried: Tensor) -> Tensor:
 
     ``carried`` is the other direction's displacement v, sampled at x + u(x); both (N,3,X,Y,Z).
     """
-    return (displacement.float() + carried.float()).square().mean()
+    return _mean((displacement.float() + carried.float()).square())
 
 
 def folding(displacement: Tensor, margin: float = 0.1) -> Tensor:
@@ -206,11 +218,11 @@ def folding(displacement: Tensor, margin: float = 0.1) -> Tensor:
     a, e, i = a + 1.0, e + 1.0, i + 1.0
     # Written out, component by component: less than half the time of a cross product, forwards and backwards.
     determinant = a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
-    return torch.relu(margin - determinant).mean()
+    return _mean(torch.relu(margin - determinant))
 
 
 def soft_dice(prediction: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor:
-    """1 - mean over images and channels of 2 sum(p t) / (sum p + sum t), for values in [0, 1] of (N,K,X,Y,Z).
+    """1 - mean over channels of 2 sum(p t) / (sum p + sum t), for values in [0, 1] of (N,K,X,Y,Z).
 
     A channel that is empty in ``truth`` does not count; ``mask`` (N,1,X,Y,Z) leaves voxels out.
     """
@@ -221,7 +233,7 @@ def soft_dice(prediction: Tensor, truth: Tensor, mask: Tensor | None = None) -> 
     sizes = prediction.sum(dim=(2, 3, 4)) + truth.sum(dim=(2, 3, 4))
     counts = (truth.sum(dim=(2, 3, 4)) > 0).float()
     dice = (2.0 * overlap + 1e-3) / (sizes + 1e-3)
-    return 1.0 - (dice * counts).sum() / counts.sum().clamp(min=1.0)
+    return 1.0 - (dice * counts).sum(dim=1) / counts.sum(dim=1).clamp(min=1.0)
 
 
 def tumor_regions(probabilities: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,25 +39,26 @@ def forward_pair(net: Any, batch: PairBatch, config: LossConfig) -> JointOutput:
 
 
 def joint_loss(
-    net: JointNet, output: JointOutput, batch: PairBatch, config: LossConfig, generator: torch.Generator
+    net: JointNet, output: JointOutput, batch: PairBatch, config: LossConfig, generators: Sequence[torch.Generator]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum and its terms (before weighting, detached), by the names of ``LossConfig``.
+    """Of each pair the weighted sum (N,) and its terms (N,) (before weighting, detached), by ``LossConfig``'s names.
 
-    ``generator`` (CPU) draws which structures are warped in this step, and the voxels of mutual information.
+    ``generators`` (CPU), one a pair, draw which structures are warped in this step, and mutual information's voxels.
     """
     terms: Terms = {}
     if output.coords_vox is not None:
-        chosen = torch.randperm(len(STRUCTURES), generator=generator)[: config.structures_per_step] + 1
-        terms = _registration_terms(net, output, batch, config, chosen, generator)
+        drawn = [torch.randperm(len(STRUCTURES), generator=each)[: config.structures_per_step] for each in generators]
+        chosen = torch.stack(drawn) + 1
+        terms = _registration_terms(net, output, batch, config, chosen, generators)
         if config.both_ways:
             if output.reverse is None:
                 raise ValueError("both ways count in this loss: run the network with reverse=True")
-            terms = _with_the_way_back(terms, net, output, batch, config, chosen, generator)
+            terms = _with_the_way_back(terms, net, output, batch, config, chosen, generators)
     if output.moving_logits is not None and output.fixed_logits is not None:
         terms |= _segmentation_terms(output, batch, config)
     total = sum(
         (float(getattr(config, name)) * value for name, value in terms.items()),
-        start=batch.moving.new_zeros(()),
+        start=batch.moving.new_zeros(len(batch.moving)),
     )
     return total, {name: value.detach() for name, value in terms.items()}
 
@@ -67,13 +69,13 @@ def _registration_terms(
     batch: PairBatch,
     config: LossConfig,
     chosen: Tensor,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
 ) -> Terms:
     """The terms of one direction."""
     assert output.flow is not None and output.coords_vox is not None
     terms: Terms = {}
     if config.similarity:
-        terms["similarity"] = _similarity(output, batch, config, generator)
+        terms["similarity"] = _similarity(output, batch, config, generators)
     if config.gradient_l1:
         terms["gradient_l1"] = gradient_l1(spatial_gradients(output.flow, net.architecture.head))
     if config.diffusion or config.bending or config.folding:
@@ -92,13 +94,13 @@ def _with_the_way_back(
     batch: PairBatch,
     config: LossConfig,
     chosen: Tensor,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
 ) -> Terms:
     """The terms of both directions: their mean with the weights 1 and ``symmetric``, and what joins them."""
     back = output.reverse
     assert back is not None and output.coords_vox is not None and back.coords_vox is not None
     if config.symmetric:
-        other = _registration_terms(net, back, _exchanged(batch), config, chosen, generator)
+        other = _registration_terms(net, back, _exchanged(batch), config, chosen, generators)
         share = config.symmetric / (1.0 + config.symmetric)
         terms = {name: torch.lerp(value, other[name], share) for name, value in terms.items()}
     if config.inverse_consistency:
@@ -123,7 +125,9 @@ def _exchanged(batch: PairBatch) -> PairBatch:
     )
 
 
-def _similarity(output: JointOutput, batch: PairBatch, config: LossConfig, generator: torch.Generator) -> Tensor:
+def _similarity(
+    output: JointOutput, batch: PairBatch, config: LossConfig, generators: Sequence[torch.Generator]
+) -> Tensor:
     assert output.moved is not None
     mask = output.nontumor_mask if config.masked else None
     present = batch.moving_present * batch.fixed_present
@@ -131,7 +135,7 @@ def _similarity(output: JointOutput, batch: PairBatch, config: LossConfig, gener
         return local_ncc(output.moved, batch.fixed, mask, present, config.lncc_window, config.lncc_stride)
     if config.similarity_measure == "mi":
         return mutual_information(
-            output.moved, batch.fixed, mask, present, config.mi_bins, config.mi_samples, generator
+            output.moved, batch.fixed, mask, present, config.mi_bins, config.mi_samples, generators
         )
     return masked_mse(output.moved, batch.fixed, mask, present)
 
@@ -163,9 +167,9 @@ def _segmentation_terms(output: JointOutput, batch: PairBatch, config: LossConfi
                 dice.append(share * _tumor_dice(logits, truth))
     terms: Terms = {}
     if entropy:
-        terms["segmentation"] = torch.stack(entropy).sum()
+        terms["segmentation"] = torch.stack(entropy).sum(dim=0)
     if dice:
-        terms["tumor_dice"] = torch.stack(dice).sum() / len(images)
+        terms["tumor_dice"] = torch.stack(dice).sum(dim=0) / len(images)
     return terms
 
 
@@ -176,9 +180,9 @@ def _tumor_dice(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _structure_dice(coords_vox: Tensor, batch: PairBatch, config: LossConfig, chosen: Tensor) -> Tensor:
-    """Some structures at random: warping all would double the time of a step and teach no more."""
+    """Some structures (N,K) at random: warping all would double the time of a step and teach no more."""
     assert batch.moving_structures is not None and batch.fixed_structures is not None
-    chosen = chosen.to(batch.moving.device).view(1, -1, 1, 1, 1)
+    chosen = chosen.to(batch.moving.device)[:, :, None, None, None]
     moving = (batch.moving_structures.unsqueeze(1) == chosen).float()
     fixed = (batch.fixed_structures.unsqueeze(1) == chosen).float()
     mask = None

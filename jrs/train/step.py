@@ -7,9 +7,7 @@ labelled voxels, of structures present) would weigh a pair by its neighbours. A 
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +17,6 @@ from jrs.models.network import JointNet, JointOutput
 from jrs.train.batch import PairBatch
 from jrs.train.config import LossConfig
 from jrs.train.objective import forward_pair, joint_loss
-
-T = TypeVar("T")
 
 
 class Work:
@@ -55,41 +51,16 @@ class PairLoss(nn.Module):
         """The mean over the pairs of their losses; details go into ``work``."""
         batch = work.batch
         work.output = output = forward_pair(self.net, batch, self.config)
-        pairs = batch.moving.shape[0]
-        losses, rows = [], []
         # Autocast is for the network; a loss is FP32.
         with torch.autocast(batch.moving.device.type, enabled=False):
-            for n in range(pairs):
-                loss, terms = joint_loss(
-                    self.net, pair_of(output, n, pairs), pair_of(batch, n, pairs), self.config, work.generators[n]
-                )
-                losses.append(loss)
-                work.names = ["loss", *terms]
-                rows.append(torch.stack([loss.detach().float(), *(term.float() for term in terms.values())]))
-            work.values = torch.stack(rows)
-            total = losses[0] if pairs == 1 else torch.stack(losses).mean()
+            losses, terms = joint_loss(self.net, output, batch, self.config, work.generators)
+            work.names = ["loss", *terms]
+            work.values = torch.stack([losses.detach(), *terms.values()], dim=1).float()
+            total = losses.mean()
             if self.several and self.training:
                 # Where a batch has no labels a decoder is not used; DDP waits for the gradient of every weight.
                 total = total + 0.0 * torch.stack([p.float().sum() for p in self.net.parameters()]).sum()
         return total
-
-
-def pair_of(value: T, n: int, pairs: int) -> T:
-    """Pair ``n`` of ``pairs``, as a batch of one, of tensors whose first axis is the pair, however deep they lie."""
-    if pairs == 1:
-        return value
-    return _sliced(value, n)  # type: ignore[no-any-return]
-
-
-def _sliced(value: Any, n: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[n : n + 1]
-    if isinstance(value, (list, tuple)):
-        return type(value)(_sliced(item, n) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _sliced(getattr(value, field.name), n) for field in dataclasses.fields(value)}
-        return type(value)(**fields)
-    return value
 
 
 def generator_of(seed: int, pair: int) -> torch.Generator:
