@@ -125,13 +125,23 @@ def network_rows(checkpoint: Path, bundle: Bundle, runs: int) -> tuple[dict[str,
     """Seconds of a pair through the network in each library; seconds of each graph in the one that auto takes."""
     import torch
 
+    from jrs.models.spatial import warp
+
     generator = np.random.default_rng(0)
     shape = (1, bundle.manifest.model.architecture.in_channels, *bundle.manifest.model.grid.shape)
     moving, fixed = (generator.standard_normal(shape).astype(np.float32) for _ in range(2))
     net = load_checkpoint(checkpoint).network().eval()
-    tensors = torch.from_numpy(moving), torch.from_numpy(fixed)
+    assert net.segmentation is not None
+    segmentation, tensors = net.segmentation, (torch.from_numpy(moving), torch.from_numpy(fixed))
+
+    def eager() -> None:
+        """No more than the engines do: the network's own forward pass segments both images."""
+        here, there = (net.encoder(image) for image in tensors)
+        torch.softmax(segmentation(here), dim=1)
+        warp(tensors[0], net.coordinates(net.flow(here, there)))
+
     with torch.inference_mode():
-        rows = {"PyTorch eager FP32, both images": median_s(lambda: net(*tensors), max(1, runs // 2))}
+        rows = {"PyTorch eager FP32, both images": median_s(eager, max(1, runs // 2))}
     for backend, precision in (("ort-cpu", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"), ("auto", "auto")):
         with Network(bundle, backend, precision) as network:
             name = f"{network.info.backend} {network.info.precision}"
@@ -154,13 +164,13 @@ def _graph_seconds(bundle: Bundle, image: Any, runs: int) -> dict[str, float]:
     """Seconds of each graph of convolutions in FP32 and BF16 by OpenVINO."""
     seconds = {}
     for precision in ("fp32", "bf16"):
-        options = EngineOptions(precision)
+        options = EngineOptions(precision, codes=precision)
         engines = {name: open_engine(bundle.graph(name), name, "openvino", options) for name in GRAPHS}
-        codes = engines["encoder"]({"image": image})
+        codes = engines["encoder"].keep({"image": image})
         pairs = {f"{side}_{name}": code for side in ("moving", "fixed") for name, code in codes.items()}
         feeds = {"encoder": {"image": image}, "segmentation": codes, "registration": pairs}
         for name in GRAPHS:
-            seconds[f"{name} {precision}"] = median_s(partial(engines[name], feeds[name]), runs)
+            seconds[f"{name} {precision}"] = median_s(partial(engines[name].keep, feeds[name]), runs)
     return seconds
 
 

@@ -60,8 +60,8 @@ _WORTHWHILE = 0.6
 """A level whose voxels are smaller than this part of the images' own is left out."""
 _ONE_HEAD = 0.87
 """Two images are one head's if a smooth deformation alone makes them this nearly as similar as the network's does."""
-_ONE_HEADS_EFFORT = 3
-"""Times as many iterations for two images of one head: what they find there is the truth, not a likeness."""
+_ONE_HEADS_EFFORT = (12, 4, 4)
+"""Times as many iterations, coarse to fine, for two images of one head: what they find there is the truth."""
 
 
 @dataclass(frozen=True)
@@ -245,10 +245,10 @@ class Refiner:
             one_head = smooth is not None and self._explains(smooth[0], start, level_by, moving, fixed)
             if smooth is not None and one_head:
                 field = smooth[0]
-                iterations *= _ONE_HEADS_EFFORT
             free = one_head and fixed.tumors.mask is not None
             for index, grid in enumerate(fixed.grids):
-                u_mm, worked, similar = self._climb(level_by, moving, fixed, index, field, iterations)
+                effort = iterations * (_ONE_HEADS_EFFORT[index] if one_head else 1)
+                u_mm, worked, similar = self._climb(level_by, moving, fixed, index, field, effort)
                 done.append(worked)
                 # With the start as it is, not as this level's grid holds it.
                 if worked or index + 1 == len(fixed.levels):
