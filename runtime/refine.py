@@ -59,7 +59,11 @@ _MARGIN_MM = 6.0
 _WORTHWHILE = 0.6
 """A level whose voxels are smaller than this part of the images' own is left out."""
 _ONE_HEAD = 0.87
-"""Two images are one head's if a smooth deformation alone makes them this nearly as similar as the network's does."""
+"""Two images are one head's if a smooth deformation alone makes them this nearly as similar as the network's does,"""
+_LITTLE_LEFT = 0.81
+"""and this nearly as similar as some iterations at the next level do from there."""
+_TRIAL = 4
+"""So many iterations."""
 _ONE_HEADS_EFFORT = (12, 4, 4)
 """Times as many iterations, coarse to fine, for two images of one head: what they find there is the truth."""
 
@@ -236,7 +240,8 @@ class Refiner:
 
         Images of one head at two times differ by less than the network, which has learnt how heads differ, adds of
         its own. They are told by the coarse level: begun from the affine alone, it makes them nearly as similar as
-        the network's displacement does, where two heads stay far behind. They are refined from there, for longer.
+        the network's displacement does, and leaves the next level little to gain; two heads stay far behind in both.
+        They are refined from there, for longer.
         If the fixed one shows a tumour as well, what became of it is theirs to show: none is held rigid.
         """
         with self._level() as level_by:
@@ -304,12 +309,16 @@ class Refiner:
     def _explains(
         self, smooth: DisplacementField, start: DisplacementField, level_by: _LevelBy, moving: Pyramid, fixed: Pyramid
     ) -> bool:
-        """Whether a smooth deformation makes the images nearly as similar as ``start`` does, on the second grid."""
+        """Whether a smooth deformation makes the images nearly as similar as they can be made, on the second grid."""
+        one = 1.0 / fixed.levels[1].share
         by_smooth, by_start = (
-            self._climb(level_by, moving, fixed, 1, field, 1.0 / fixed.levels[1].share)[2][0]
-            for field in (smooth, start)
+            self._climb(level_by, moving, fixed, 1, field, one)[2][0] for field in (smooth, start)
         )
-        return by_smooth >= _ONE_HEAD * by_start > 0.0
+        if not by_smooth >= _ONE_HEAD * by_start > 0.0:
+            return False
+        # A network that knows nothing is no standard.
+        _, _, (before, after) = self._climb(level_by, moving, fixed, 1, smooth, _TRIAL * one)
+        return before >= _LITTLE_LEFT * after
 
     @contextmanager
     def _level(self) -> Iterator[_LevelBy]:

@@ -380,6 +380,14 @@ def test_two_heads_keep_the_networks_start(ripples: tuple[Volume, Volume, Displa
     assert not from_start(moving, Volume(mixed, fixed.geometry), truth, 4).one_head
 
 
+def test_a_start_that_is_none_does_not_make_one_head_of_two(ripples: tuple[Volume, Volume, DisplacementField]) -> None:
+    """The network found nothing, so that anything is as good; but much is left to be found at the next level."""
+    moving, fixed, truth = ripples
+    nothing = DisplacementField(np.zeros_like(truth.vectors_mm), truth.geometry)
+    found = from_start(moving, fixed, nothing, 4)
+    assert not found.one_head and found.similarity_after > found.similarity_before
+
+
 def test_part_of_the_head_outside_the_moving_image(pair: tuple[Volume, Volume, Geometry]) -> None:
     """What the moving image does not show is not compared, so that its edge draws nothing."""
     moving, fixed, _ = pair
