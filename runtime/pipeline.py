@@ -274,7 +274,9 @@ class Pipeline:
             trusted = probabilities if shows_tumors(inputs, channels) else None
             tumors = Tumors.found(trusted, fixed.grid, self.threads)
             images = (moving, tumors), (fixed.case, self._tumors(probabilities, fixed))
-            refined, notes = self.refiner.refine_case(*images, affine, displacement, iterations, fixed)
+            refined, notes = self.refiner.refine_case(
+                *images, affine, displacement, iterations, fixed, strangers=fixed.healthy
+            )
             network = similarity(inputs, fixed.input, registered.moved[0], probabilities, channels)
             record = {**refined.summary(), "similarity_before": network and network["after"]}
             moved = _moved_again(inputs.tensor[0], refined.displacement, fixed.grid, self.threads)

@@ -211,11 +211,13 @@ class Refiner:
         start: DisplacementField,
         iterations: int,
         shelf: Shelf | None = None,
+        strangers: bool = False,
     ) -> tuple[Refined, list[str]]:
         """Improve ``start`` on the modalities that both cases have; and what the user should know.
 
         Without a shared modality the first of each are compared: squared correlation also holds where one image
-        is bright and the other dark. ``shelf`` keeps the fixed image's pyramids from case to case.
+        is bright and the other dark. ``shelf`` keeps the fixed image's pyramids from case to case. ``strangers``: the
+        images are known not to be of one head, as a case's and an atlas's that ships with jrs.
         """
         notes = []
         ours = theirs = [name for name in moving[0].images if name in fixed[0].images]
@@ -230,9 +232,11 @@ class Refiner:
 
         atlas = make() if shelf is None else shelf.pyramid(levels, grids, theirs, fixed[1], make)
         images = pyramid(moving[0].images, ours, levels, grids, affine, moving[1], self.threads)
-        return self.refine(images, atlas, start, iterations), notes
+        return self.refine(images, atlas, start, iterations, strangers), notes
 
-    def refine(self, moving: Pyramid, fixed: Pyramid, start: DisplacementField, iterations: int) -> Refined:
+    def refine(
+        self, moving: Pyramid, fixed: Pyramid, start: DisplacementField, iterations: int, strangers: bool = False
+    ) -> Refined:
         """Improve ``start``, ``iterations`` times at the finest level and a multiple of it at each coarser one.
 
         Both pyramids have the same grids; ``start`` may lie on any. Where the result has no grid it fades as
@@ -246,7 +250,7 @@ class Refiner:
         """
         with self._level() as level_by:
             field, done, similar = start, [], (0.0, 0.0)
-            smooth = self._smooth(level_by, moving, fixed, iterations)
+            smooth = None if strangers else self._smooth(level_by, moving, fixed, iterations)
             one_head = smooth is not None and self._explains(smooth[0], start, level_by, moving, fixed)
             if smooth is not None and one_head:
                 field = smooth[0]

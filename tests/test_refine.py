@@ -366,6 +366,10 @@ def test_of_one_head_the_truth_is_found_whatever_the_start_added(
     assert found.one_head and found.summary()["start"] == "affine"
     assert missed_mm(found, truth, fixed) < 0.5
     assert np.linalg.norm(0.6 * noise.vectors_mm, axis=0).mean() > 1.0
+    none = Tumors(None, grid)
+    images = (case(t1=moving), none), (case(t1=fixed), none)
+    strangers, _ = Refiner("ort-cpu", threads=1).refine_case(*images, np.eye(4), start, 4, strangers=True)
+    assert not strangers.one_head and strangers.iterations != found.iterations
     # More iterations, and at the coarse level those that told.
     most = [4 * 3 * 12 + 12, 4 * 2 * 4]
     assert all(0 < done <= limit for done, limit in zip(found.iterations, most, strict=False))
