@@ -41,7 +41,7 @@ _ENGINES = tuple(f"jrs.runtime.engines.{name}" for name in ("base", "openvino", 
 # The sources of what makes an entry of each kind.
 _CODE = {
     "input": (*_SAMPLED, "jrs.runtime.preprocess", "jrs.runtime.affine_search", "jrs.runtime.affine_climb"),
-    "codes": (*_SAMPLED, "jrs.runtime.preprocess", *_ENGINES),
+    "codes": (*_SAMPLED, "jrs.runtime.preprocess", "jrs.runtime.network", "jrs.runtime.fixed", *_ENGINES),
     "affine": (*_SAMPLED, "jrs.runtime.affine_search"),
     "pyramid": (*_SAMPLED, "jrs.runtime.refine"),
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from threading import Lock
 from typing import Any
 
 _CONVERTER = "openvino.tools.ovc"
+_IMPORTING = Lock()
 
 
 def import_openvino() -> Any:
@@ -14,18 +16,19 @@ def import_openvino() -> Any:
     The import of that part sends an event to a web service, writes an identifier to the user's home folder, and takes
     as long as all the rest of the library.
     """
-    if "openvino" in sys.modules or _CONVERTER in sys.modules:
-        import openvino
+    with _IMPORTING:
+        if "openvino" in sys.modules or _CONVERTER in sys.modules:
+            import openvino
 
+            return openvino
+        sys.modules[_CONVERTER] = None  # type: ignore[assignment]  # as if it were not installed
+        try:
+            import openvino
+        finally:
+            sys.modules.pop(_CONVERTER, None)
+        if not hasattr(openvino, "convert_model"):
+            openvino.convert_model = _convert_model
         return openvino
-    sys.modules[_CONVERTER] = None  # type: ignore[assignment]  # as if it were not installed
-    try:
-        import openvino
-    finally:
-        del sys.modules[_CONVERTER]
-    if not hasattr(openvino, "convert_model"):
-        openvino.convert_model = _convert_model
-    return openvino
 
 
 def _convert_model(*arguments: Any, **options: Any) -> Any:

@@ -47,6 +47,21 @@ class Registered:
     displacement: Array
 
 
+def engine_options(
+    bundle: Bundle, name: str, precision: str, threads: int | None = None, lean: bool = False
+) -> EngineOptions:
+    """How a bundle's graph is opened where the network computes in ``precision``."""
+    if name == "transformer":  # FP32 whatever the bundle's precision
+        return EngineOptions("fp32", threads)
+    graphs, codes = bundle.manifest.precision, precision
+    if bundle.manifest.model.passes > 1 and graphs != "bf16":
+        # Passes add up what rounding does to codes and to the registration's last layers: 0.05 mm in place of 0.12,
+        # for 0.05 s a pass.
+        codes = "fp32"
+        precision = "fp32" if name == "registration" else precision
+    return EngineOptions(precision, threads, graphs, codes, lean)
+
+
 class Network:
     """The engines of a bundle, opened when first needed; a context manager.
 
@@ -214,17 +229,7 @@ class Network:
         self._stack.close()
 
     def _open(self, name: str) -> Engine:
-        if name == "transformer":  # FP32 whatever the bundle's precision
-            options = EngineOptions("fp32", self.threads)
-        else:
-            graphs = self.bundle.manifest.precision
-            precision = codes = self.choice.precision
-            if self.bundle.manifest.model.passes > 1 and graphs == "fp32":
-                # Passes add up what rounding does to codes and to the registration's last layers: 0.05 mm in place
-                # of 0.12, for 0.05 s a pass.
-                codes = "fp32"
-                precision = "fp32" if name == "registration" else precision
-            options = EngineOptions(precision, self.threads, graphs, codes, self._spare)
+        options = engine_options(self.bundle, name, self.choice.precision, self.threads, self._spare)
         return open_engine(self.bundle.graph(name), name, self.backend, options)
 
     def _close(self) -> None:

@@ -250,11 +250,11 @@ class Refiner:
         """
         with self._level() as level_by:
             field, done, similar = start, [], (0.0, 0.0)
-            smooth = None if strangers else self._smooth(level_by, moving, fixed, iterations)
+            smooth = None if strangers else self._smooth(level_by, moving, fixed)
             one_head = smooth is not None and self._explains(smooth[0], start, level_by, moving, fixed)
             if smooth is not None and one_head:
                 field = smooth[0]
-            free = one_head and fixed.tumors.mask is not None
+            free = one_head and bool(fixed.tumors.lesions)
             for index, grid in enumerate(fixed.grids):
                 effort = iterations * (_ONE_HEADS_EFFORT[index] if one_head else 1)
                 u_mm, worked, similar = self._climb(level_by, moving, fixed, index, field, effort)
@@ -293,21 +293,24 @@ class Refiner:
             }
         )
         before, after = (float(value) for value in result["similarity"])
-        if after < before:
+        if not after >= before:  # nor if it is no number
             # The coarse level is stiff: all that it can do to a good start is to smooth it.
             return u_mm, 0, (before, before)
         refined = DisplacementField.from_voxels(result["refined"][0], grid)
         return refined.vectors_mm, int(result["done"]), (before, after)
 
     def _smooth(
-        self, level_by: _LevelBy, moving: Pyramid, fixed: Pyramid, iterations: int
+        self, level_by: _LevelBy, moving: Pyramid, fixed: Pyramid
     ) -> tuple[DisplacementField, int] | None:
-        """What the coarse level makes of the affine alone, and its iterations; None if there is no finer one."""
+        """What the coarse level makes of the affine alone, and its iterations; None if there is no finer one.
+
+        In a number of iterations of its own, so that what is one head's does not depend on what was asked for.
+        """
         if len(fixed.levels) < 2:
             return None
         grid = fixed.grids[0]
         nothing = DisplacementField(np.zeros((3, *grid.shape), dtype=np.float32), grid)
-        u_mm, worked, _ = self._climb(level_by, moving, fixed, 0, nothing, max(iterations, DEFAULT_ITERATIONS))
+        u_mm, worked, _ = self._climb(level_by, moving, fixed, 0, nothing, DEFAULT_ITERATIONS)
         return DisplacementField(u_mm, grid), worked
 
     def _explains(

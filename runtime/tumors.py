@@ -116,13 +116,17 @@ class Tumors:
         return None if self.mask is None else _distance_mm(self.mask, self.grid)
 
     @cached_property
-    def _stiff(self) -> list[Array]:
-        """For each lesion that is not too small: 1 in it, smoothly 0 at some distance."""
+    def lesions(self) -> list[Mask]:
+        """Each that is not too small to matter."""
         if self.mask is None:
             return []
         smallest = _SMALLEST_ML / self.grid.voxel_volume_ml
-        parts = [part for part in _components(self.mask) if part.sum() >= smallest]
-        return [1.0 - _ramp(_distance_mm(part, self.grid), _MARGIN_MM, _FREE_MM) for part in parts]
+        return [part for part in _components(self.mask) if part.sum() >= smallest]
+
+    @cached_property
+    def _stiff(self) -> list[Array]:
+        """For each lesion: 1 in it, smoothly 0 at some distance."""
+        return [1.0 - _ramp(_distance_mm(part, self.grid), _MARGIN_MM, _FREE_MM) for part in self.lesions]
 
     def blank_at(self, points_ras: Array, voxel_mm: float) -> Mask:
         """Where voxels of that size at points (3,x,y,z) may show something of a lesion, (x,y,z)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ import pytest
 
 # Read when SimpleITK is first loaded: tests must not take every core of a busy machine.
 os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
+
+from jrs.runtime.libraries import import_openvino
+
+with suppress(ImportError):
+    import_openvino()  # before any test imports it as it comes, which reports to its makers
 
 Matrix = np.ndarray[Any, Any]
 LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])

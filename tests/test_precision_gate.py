@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from jrs.manifest import ModelSpec
 from jrs.runtime import machine, precision
 from jrs.runtime.caching import Store
 from jrs.runtime.engines import available_backends
-from jrs.runtime.network import Network
+from jrs.runtime.network import Network, engine_options
 from jrs.runtime.precision import Verdict, choose_precision, compare, reference_pair, verdict_of
 
 GOOD = Verdict(0.04, 0.9999)
@@ -287,3 +288,28 @@ def test_the_reference_pair_makes_the_default_bundle_find_a_tumour() -> None:
     volume = float((labels > 0).sum()) * grid.voxel_volume_ml
     assert 10.0 < volume < 60.0  # a ball of 18 mm radius holds 24 ml
     assert set(np.unique(labels)) == {0, 1, 2, 3}
+
+
+# What a bundle's graphs are opened in ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("graphs", "passes", "expected"),
+    [
+        ("fp32", 1, ("bf16", "bf16", "bf16")),
+        ("fp32", 2, ("bf16", "fp32", "fp32")),
+        ("fp16", 2, ("bf16", "fp32", "fp32")),
+        ("bf16", 2, ("bf16", "bf16", "bf16")),
+    ],
+)
+def test_of_several_passes_what_goes_into_the_field_stays_fp32(
+    graphs: str, passes: int, expected: tuple[str, str, str]
+) -> None:
+    """Precision of the encoder, of the registration's decoder, and of the codes between them."""
+    opened = Bundle.open()
+    model = dataclasses.replace(opened.manifest.model, passes=passes)
+    bundle = dataclasses.replace(opened, manifest=dataclasses.replace(opened.manifest, model=model, precision=graphs))
+    encoder, registration = (engine_options(bundle, name, "bf16") for name in ("encoder", "registration"))
+    assert (encoder.precision, registration.precision, encoder.codes) == expected
+    assert encoder.codes == registration.codes and encoder.graph_precision == graphs
+    assert engine_options(bundle, "transformer", "bf16").precision == "fp32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,25 @@ def test_a_level_that_worsens_a_good_start_is_dropped(ripples: tuple[Volume, Vol
     zero = DisplacementField(np.zeros_like(truth.vectors_mm), truth.geometry)
     again = Refiner("ort-cpu", threads=1).refine(*sides, zero, 4)
     assert again.iterations[0] > 0 and again.similarity_after > again.similarity_before
+
+
+def test_a_level_that_ends_in_no_number_is_dropped(
+    ripples: tuple[Volume, Volume, DisplacementField], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moving, fixed, truth = ripples
+    levels, grids = level_grids(moving, fixed, "RAS")
+    none = Tumors(None, truth.geometry)
+    images = case(t1=moving), case(t1=fixed)
+    sides = [pyramid(c.images, ["t1"], levels[:1], grids[:1], np.eye(4), none, 1) for c in images]
+    refiner = Refiner("ort-cpu", threads=1)
+
+    def broken(inputs: dict[str, Array]) -> dict[str, Array]:
+        similarity, done = np.array([0.5, np.nan], np.float32), np.array(4.0, np.float32)
+        return {"refined": inputs["displacement"] * np.nan, "similarity": similarity, "done": done}
+
+    monkeypatch.setattr(refiner, "_level", lambda: nullcontext(broken))
+    found = refiner.refine(*sides, truth, 4)
+    assert found.iterations == (0,) and np.isfinite(found.displacement.vectors_mm).all()
 
 
 # One head or two --------------------------------------------------------------------------------------------

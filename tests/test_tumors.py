@@ -211,4 +211,11 @@ def test_a_tumour_keeps_its_volume(images: tuple[Volume, Volume, Tumors]) -> Non
     # The same head with a tumour at both times: what became of it is not known beforehand.
     later = refined(moving, fixed, (tumors, tumors))
     assert abs(volume_ratio(tumors, later.vectors_mm, later.geometry) - 1.0) > 0.06
+    # A speck is no tumour.
+    assert tumors.mask is not None
+    speck = np.zeros_like(tumors.mask)
+    speck[5:8, 5:8, 5:8] = True
+    assert 0.05 < speck.sum() * tumors.grid.voxel_volume_ml < 0.5
+    held = refined(moving, fixed, (tumors, Tumors(speck, tumors.grid)))
+    assert volume_ratio(tumors, held.vectors_mm, held.geometry) == pytest.approx(1.0, abs=0.03)
     assert jacobian_determinant(kept).min() > 0.0

@@ -25,6 +25,9 @@ def average_in_blocks(model: openvino.Model) -> None:
         axes = sorted(np.atleast_1d(node.input_value(1).get_node().get_data()).tolist())
         if shape.rank.is_dynamic or shape.rank.get_length() != 5 or shape.is_dynamic or axes not in ([3, 4], [-2, -1]):
             continue
+        following = [target.get_node().get_type_name() for target in node.output(0).get_target_inputs()]
+        if following != ["ReduceMean"]:  # the means of the planes are wanted themselves
+            continue
         side = int(np.gcd.reduce([*shape.to_shape()[2:], LARGEST_BLOCK]))
         if side >= SMALLEST_BLOCK:  # else there are few
             pooled = ops.avg_pool(source, [side] * 3, [0] * 3, [0] * 3, [side] * 3, True)
