@@ -53,10 +53,11 @@ def ratios(part: Volumes, whole: Volumes) -> dict[str, float | None]:
     return {region: part[region] / whole[region] if whole[region] > 0.0 else None for region in whole}
 
 
-def volume_verdict(volumes_ml: Mapping[str, Volumes] | None) -> dict[str, Any]:
+def volume_verdict(volumes_ml: Mapping[str, Volumes] | None, one_head: bool = False) -> dict[str, Any]:
     """Did registration shrink the tumour? Whole tumour on the atlas, against what the affine alone makes of it.
 
-    ``volumes_ml`` has ``native``, ``affine`` and ``moved``. ``answer`` is one of ``kept``, ``shrunk``, ``grown``,
+    ``volumes_ml`` has ``native``, ``affine`` and ``moved``; ``one_head``: both images are taken for the same patient's,
+    whose tumour may have changed between them. ``answer`` is one of ``kept``, ``shrunk``, ``grown``,
     ``too_small``, ``no_tumor``, ``not_computed``; ``kept_percent`` is None without a ratio; ``text`` says it.
     """
     if volumes_ml is None:
@@ -68,12 +69,15 @@ def volume_verdict(volumes_ml: Mapping[str, Volumes] | None) -> dict[str, Any]:
     if min(native, affine) < SMALL_ML:
         return _verdict("too_small", kept, f"The tumour of {native:.2f} ml is too small for an answer.")
     if kept < KEPT_PERCENT:
-        text = f"Yes: the deformation took {100.0 - kept:.1f} % of the whole tumour’s volume."
+        text = f"Yes: the deformation took {100.0 - kept:.1f} % of the whole tumour’s volume.{_MAY_BE_TRUE * one_head}"
         return _verdict("shrunk", kept, text)
     if kept > 10_000.0 / KEPT_PERCENT:
-        text = f"No: the deformation enlarged the whole tumour to {kept:.1f} % of its volume."
+        text = f"No: the deformation enlarged the whole tumour to {kept:.1f} % of its volume.{_MAY_BE_TRUE * one_head}"
         return _verdict("grown", kept, text)
     return _verdict("kept", kept, f"No: the deformation left the whole tumour at {kept:.1f} % of its volume.")
+
+
+_MAY_BE_TRUE = " Both images were taken for one patient’s: that may be what became of it."
 
 
 def _verdict(answer: str, kept_percent: float | None, text: str) -> dict[str, Any]:
@@ -150,14 +154,18 @@ def _correlation(a: Array, b: Array) -> float | None:
 
 
 def warnings_of(
-    jacobian: Mapping[str, Any], likeness: Mapping[str, Any] | None, verdict: Mapping[str, Any]
+    jacobian: Mapping[str, Any],
+    likeness: Mapping[str, Any] | None,
+    verdict: Mapping[str, Any],
+    one_head: bool = False,
 ) -> list[str]:
     """What in the numbers a user should look at, one line each."""
     found = []
     if jacobian["folding_percent"] > FOLDING_PERCENT:
         found.append(f"the transform folds in {jacobian['folding_percent']:.2f} % of the brain")
     if verdict["answer"] == "shrunk":
-        found.append(f"the deformation shrank the whole tumour to {verdict['kept_percent']:.1f} % of its volume")
+        where = "; both images were taken for one patient's, so it may be so" if one_head else ""
+        found.append(f"the deformation shrank the whole tumour to {verdict['kept_percent']:.1f} % of its volume{where}")
     for modality, value in ({} if likeness is None else likeness["modalities"]).items():
         before, after = value["before"], value["after"]
         if before is not None and after is not None and after < before - _WORSE:

@@ -222,8 +222,9 @@ class Pipeline:
                     "affine": volumes_after_affine(native_ml, affine),
                     "moved": region_volumes_ml(labels_moved, values, target.geometry),
                 }
-            verdict = volume_verdict(volumes)
-            warnings += warnings_of(summary, likeness, verdict)
+            one_head = found.refinement is not None and found.refinement["start"] == "affine"
+            verdict = volume_verdict(volumes, one_head)
+            warnings += warnings_of(summary, likeness, verdict, one_head)
         clock.seconds["total"] = time.perf_counter() - start
         return Result(
             case=moving,

@@ -63,6 +63,14 @@ def test_no_segmentation_no_verdict() -> None:
     assert volume_verdict(None)["answer"] == "not_computed"
 
 
+@pytest.mark.parametrize(("moved", "answer"), [(7.0, "shrunk"), (13.0, "grown"), (10.0, "kept")])
+def test_between_two_images_of_one_patient_a_tumour_may_have_changed(moved: float, answer: str) -> None:
+    plain, followed = (volume_verdict(volumes(10.0, 10.0, moved), one_head) for one_head in (False, True))
+    assert plain["answer"] == followed["answer"] == answer
+    assert followed["text"].startswith(plain["text"])
+    assert ("one patient" in followed["text"]) == (answer != "kept")
+
+
 def test_determinants_inside_and_outside() -> None:
     rng = np.random.default_rng(3)
     jacobian = np.exp(rng.normal(0.0, 0.3, (10, 12, 14))).astype(np.float32)
@@ -143,6 +151,12 @@ def test_warnings_name_what_is_wrong() -> None:
     assert warnings_of({"folding_percent": 0.1}, better, fine) == []
     assert warnings_of({"folding_percent": 0.1}, None, fine) == []
     worse = {"modalities": {"t1": {"before": 0.5, "after": 0.7}, "t2": {"before": 0.9, "after": 0.8}}}
+    shrunk = {"answer": "shrunk", "kept_percent": 80.0}
+    assert warnings_of({"folding_percent": 0.1}, better, shrunk) == [
+        "the deformation shrank the whole tumour to 80.0 % of its volume"
+    ]
+    (followed,) = warnings_of({"folding_percent": 0.1}, better, shrunk, one_head=True)
+    assert "80.0 %" in followed and "one patient's" in followed
     found = warnings_of({"folding_percent": 2.345}, worse, {"answer": "shrunk", "kept_percent": 80.0})
     assert len(found) == 3
     assert "2.35 %" in found[0] or "2.34 %" in found[0]
