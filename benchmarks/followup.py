@@ -30,6 +30,7 @@ from jrs import Pipeline
 from jrs.evaluate.peers import register
 from jrs.evaluate.transforms import SpatialTransform
 from jrs.reading import read_volume
+from jrs.runtime.cases import load_case
 from jrs.runtime.transform import Transform
 from jrs.volume import Volume
 
@@ -166,7 +167,8 @@ def main() -> None:
     parser.add_argument("--baseline", choices=("ants", "greedy"), nargs="*", default=[])
     parser.add_argument("--bundle")
     options = parser.parse_args()
-    case = {name: read_volume(next(options.case.glob(f"*_{name}.nii*"))) for name in FLUID}
+    images = load_case(options.case).images
+    case = {name: images[name] for name in FLUID}
     tumor = read_volume(options.segmentation, labels=True).data > 0
     rows: dict[str, list[tuple[dict[str, Floats], float]]] = {}
     with tempfile.TemporaryDirectory() as name, Pipeline.open(options.bundle) as pipeline:

@@ -37,8 +37,8 @@ from jrs.manifest import GridSpec, ModelSpec
 from jrs.models.checkpoint import Checkpoint, load_checkpoint
 from jrs.resources import atlas_path
 from jrs.runtime.cases import load_case
-from jrs.runtime.engines import EngineOptions, open_engine
-from jrs.runtime.network import Network
+from jrs.runtime.engines import open_engine
+from jrs.runtime.network import Network, engine_options
 from jrs.writing import save_nifti
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,8 +164,10 @@ def _graph_seconds(bundle: Bundle, image: Any, runs: int) -> dict[str, float]:
     """Seconds of each graph of convolutions in FP32 and BF16 by OpenVINO."""
     seconds = {}
     for precision in ("fp32", "bf16"):
-        options = EngineOptions(precision, codes=precision)
-        engines = {name: open_engine(bundle.graph(name), name, "openvino", options) for name in GRAPHS}
+        engines = {
+            name: open_engine(bundle.graph(name), name, "openvino", engine_options(bundle, name, precision))
+            for name in GRAPHS
+        }
         codes = engines["encoder"].keep({"image": image})
         pairs = {f"{side}_{name}": code for side in ("moving", "fixed") for name, code in codes.items()}
         feeds = {"encoder": {"image": image}, "segmentation": codes, "registration": pairs}

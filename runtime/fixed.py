@@ -207,7 +207,7 @@ def _block_entry(volume: Volume, threads: int | None) -> Entry:
 
 
 def _codes_entry(codes: Codes) -> Entry:
-    """Codes as the backend keeps them: laid out anew they would be twice as large and have to be turned back."""
+    """Codes as the backend keeps them: laid out anew they would have to be turned back, from BF16 in twice the room."""
     kept = {name: code for name, code in codes.items() if isinstance(code, ChannelsLast)}
     others = {name: code for name, code in codes.items() if name not in kept}
     return Entry({**hosted(others), **{name: code.data for name, code in kept.items()}}, {"channels_last": [*kept]})

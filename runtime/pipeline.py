@@ -72,12 +72,16 @@ class InferOptions:
 
 @dataclass(frozen=True)
 class _Deformation:
-    """u; the moving image's channels moved by it on the network's grid (C,X,Y,Z); what refining did, if anything."""
+    """u; the moving image's channels moved by it on the network's grid (C,X,Y,Z); what refining did, if anything.
+
+    ``one_head``: it took both images for the same patient's.
+    """
 
     displacement: DisplacementField
     moved: Array
     refinement: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    one_head: bool = False
 
 
 @dataclass
@@ -222,9 +226,8 @@ class Pipeline:
                     "affine": volumes_after_affine(native_ml, affine),
                     "moved": region_volumes_ml(labels_moved, values, target.geometry),
                 }
-            one_head = found.refinement is not None and found.refinement["start"] == "affine"
-            verdict = volume_verdict(volumes, one_head)
-            warnings += warnings_of(summary, likeness, verdict, one_head)
+            verdict = volume_verdict(volumes, found.one_head)
+            warnings += warnings_of(summary, likeness, verdict, found.one_head)
         clock.seconds["total"] = time.perf_counter() - start
         return Result(
             case=moving,
@@ -281,7 +284,7 @@ class Pipeline:
             network = similarity(inputs, fixed.input, registered.moved[0], probabilities, channels)
             record = {**refined.summary(), "similarity_before": network and network["after"]}
             moved = _moved_again(inputs.tensor[0], refined.displacement, fixed.grid, self.threads)
-        return _Deformation(refined.displacement, moved, record, tuple(notes))
+        return _Deformation(refined.displacement, moved, record, tuple(notes), refined.one_head)
 
     def _segmented(self, codes: Codes, image: NetworkInput) -> tuple[Array, list[str]]:
         """Probabilities (K,X,Y,Z) without what is too small to be believed, and what to say of regions left out."""

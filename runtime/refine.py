@@ -249,21 +249,18 @@ class Refiner:
         If the fixed one shows a tumour as well, what became of it is theirs to show: none is held rigid.
         """
         with self._level() as level_by:
-            field, done, similar = start, [], (0.0, 0.0)
-            smooth = None if strangers else self._smooth(level_by, moving, fixed)
-            one_head = smooth is not None and self._explains(smooth[0], start, level_by, moving, fixed)
-            if smooth is not None and one_head:
-                field = smooth[0]
+            begun = None if strangers else self._of_one_head(level_by, moving, fixed, start)
+            one_head, (field, tried) = begun is not None, begun or (start, 0)
             free = one_head and bool(fixed.tumors.lesions)
-            for index, grid in enumerate(fixed.grids):
-                effort = iterations * (_ONE_HEADS_EFFORT[index] if one_head else 1)
+            done, similar = [], (0.0, 0.0)
+            for index, (level, grid) in enumerate(zip(fixed.levels, fixed.grids, strict=True)):
+                effort = iterations * level.share * (_ONE_HEADS_EFFORT[index] if one_head else 1)
                 u_mm, worked, similar = self._climb(level_by, moving, fixed, index, field, effort)
                 done.append(worked)
                 # With the start as it is, not as this level's grid holds it.
                 if worked or index + 1 == len(fixed.levels):
                     field = DisplacementField(u_mm if free else moving.tumors.stiffened(u_mm, grid), grid)
-        if smooth is not None and one_head:
-            done[0] += smooth[1]
+        done[0] += tried
         spacings = tuple(level.spacing_mm for level in fixed.levels)
         return Refined(field, *similar, tuple(done), spacings, moving.modalities, one_head)
 
@@ -274,7 +271,7 @@ class Refiner:
         fixed: Pyramid,
         index: int,
         start: DisplacementField,
-        iterations: float,
+        iterations: int,
     ) -> tuple[Array, int, tuple[float, float]]:
         """One level: u (3,X,Y,Z) mm on its grid; iterations, 0 if they were dropped; similarity before and after."""
         level, grid = fixed.levels[index], fixed.grids[index]
@@ -289,7 +286,7 @@ class Refiner:
                 "update_kernel": gaussian(level.update_deviation),
                 "field_kernel": gaussian(level.field_deviation),
                 "step": np.array(level.step, dtype=np.float32),
-                "iterations": np.array(iterations * level.share, dtype=np.float32),
+                "iterations": np.array(iterations, dtype=np.float32),
             }
         )
         before, after = (float(value) for value in result["similarity"])
@@ -299,10 +296,10 @@ class Refiner:
         refined = DisplacementField.from_voxels(result["refined"][0], grid)
         return refined.vectors_mm, int(result["done"]), (before, after)
 
-    def _smooth(
-        self, level_by: _LevelBy, moving: Pyramid, fixed: Pyramid
+    def _of_one_head(
+        self, level_by: _LevelBy, moving: Pyramid, fixed: Pyramid, start: DisplacementField
     ) -> tuple[DisplacementField, int] | None:
-        """What the coarse level makes of the affine alone, and its iterations; None if there is no finer one.
+        """What the coarse level makes of the affine alone, and its iterations, if that tells the images as one head's.
 
         In a number of iterations of its own, so that what is one head's does not depend on what was asked for.
         """
@@ -310,22 +307,15 @@ class Refiner:
             return None
         grid = fixed.grids[0]
         nothing = DisplacementField(np.zeros((3, *grid.shape), dtype=np.float32), grid)
-        u_mm, worked, _ = self._climb(level_by, moving, fixed, 0, nothing, DEFAULT_ITERATIONS)
-        return DisplacementField(u_mm, grid), worked
-
-    def _explains(
-        self, smooth: DisplacementField, start: DisplacementField, level_by: _LevelBy, moving: Pyramid, fixed: Pyramid
-    ) -> bool:
-        """Whether a smooth deformation makes the images nearly as similar as they can be made, on the second grid."""
-        one = 1.0 / fixed.levels[1].share
-        by_smooth, by_start = (
-            self._climb(level_by, moving, fixed, 1, field, one)[2][0] for field in (smooth, start)
-        )
+        trial = DEFAULT_ITERATIONS * fixed.levels[0].share
+        u_mm, worked, _ = self._climb(level_by, moving, fixed, 0, nothing, trial)
+        smooth = DisplacementField(u_mm, grid)
+        by_smooth, by_start = (self._climb(level_by, moving, fixed, 1, f, 1)[2][0] for f in (smooth, start))
         if not by_smooth >= _ONE_HEAD * by_start > 0.0:
-            return False
+            return None
         # A network that knows nothing is no standard.
-        _, _, (before, after) = self._climb(level_by, moving, fixed, 1, smooth, _TRIAL * one)
-        return before >= _LITTLE_LEFT * after
+        _, _, (before, after) = self._climb(level_by, moving, fixed, 1, smooth, _TRIAL)
+        return (smooth, worked) if before >= _LITTLE_LEFT * after else None
 
     @contextmanager
     def _level(self) -> Iterator[_LevelBy]:
