@@ -9,6 +9,7 @@ import typer
 
 from jrs.cli.console import note, status
 from jrs.errors import UsageError
+from jrs.runtime import DEFAULT_ITERATIONS
 
 
 def infer(
@@ -49,7 +50,7 @@ def infer(
     inverse: Annotated[bool, typer.Option("--inverse/--no-inverse", help="Write the inverse field.")] = True,
     refine: Annotated[
         int, typer.Option("--refine", min=0, help="Iterations on this pair at the finest level; 0: the network alone.")
-    ] = 6,
+    ] = DEFAULT_ITERATIONS,
     backend: Annotated[
         str,
         typer.Option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import json
 import os
 import shutil
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 
 import jrs
+from jrs.cli.infer import infer as infer_command
 from jrs.cli.main import run
+from jrs.runtime.pipeline import InferOptions
 
 pytest.importorskip("torch")  # makes the tiny bundle
 
@@ -70,6 +73,13 @@ def infer(tiny_bundle: Path, phantom: Any, tmp_path: Path) -> Callable[..., subp
 
 
 # Help -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_and_the_library_do_the_same_unless_told_otherwise() -> None:
+    options, command = InferOptions(), inspect.signature(infer_command).parameters
+    for name, option in {"affine": "affine", "segment": "seg", "inverse": "inverse", "refine": "refine"}.items():
+        assert command[option].default == getattr(options, name)
+    assert command["label_scheme"].default == options.label_scheme
 
 
 @pytest.mark.parametrize("verb", [None, "infer", "train", "export", "import-weights"])
