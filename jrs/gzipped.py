@@ -27,6 +27,11 @@ def open_gzip(path: Path) -> IO[bytes]:
     return cast(IO[bytes], opener(path, "rb"))
 
 
+def crc32(content: Any, value: int = 0) -> int:
+    """The checksum that gzip uses, of the bytes of a buffer; ``value`` is that of what lies before it."""
+    return int((zlib if isal_zlib is None else isal_zlib).crc32(content, value))
+
+
 def packer() -> Any:
     """Makes one gzip member with ``compress`` and ``flush``, as `zlib.compressobj` does.
 

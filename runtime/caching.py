@@ -1,9 +1,9 @@
 """What is kept from run to run in the user's cache folder: arrays and verdicts, whole, checked, limited in size.
 
-An entry is one file, ``<folder>/<kind>/<digest of its key>.jrs``: 8 bytes of magic, the length of the header, a
-SHA-256 of all that follows, a JSON header (key, value, arrays) and the arrays' bytes. One that does not hold in every
-part is removed, and is as if it had never been. Nothing here raises for the state of the disk: a cache that cannot be
-read or written is an empty one.
+An entry is one file, ``<folder>/<kind>/<digest of its key>.jrs``: 8 bytes of magic, the length of the header and a
+CRC-32 of all that follows, 8 bytes each, a JSON header (key, value, arrays) and the arrays' bytes. One that does not
+hold in every part is removed, and is as if it had never been. Nothing here raises for the state of the disk: a cache
+that cannot be read or written is an empty one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from jrs.errors import CannotCreateError, JrsError, UsageError
 from jrs.files import whole_file
+from jrs.gzipped import crc32
 
 FOLDER_VARIABLE = "JRS_CACHE_DIR"
 LIMIT_VARIABLE = "JRS_CACHE_LIMIT"
@@ -44,7 +45,7 @@ ENGINES = "engines"
 """Counted and cleared here, kept by ``jrs.runtime.engines.plans``."""
 
 _DTYPES = np.dtype(np.float32), np.dtype(np.uint16)
-_MAGIC = b"JRSCACH1"
+_MAGIC = b"JRSCACH2"
 _LONGEST_HEADER = 1 << 20
 _ENDING = ".jrs"
 _LOCK_S = 5.0
@@ -210,18 +211,18 @@ def _write(stream: BinaryIO, key: Mapping[str, Any], entry: Entry) -> None:
     arrays = {name: array.astype(array.dtype.newbyteorder("<"), copy=False) for name, array in entry.arrays.items()}
     shapes = [[name, list(array.shape), array.dtype.name] for name, array in arrays.items()]
     header = _json({"key": key, "value": entry.value, "arrays": shapes})
-    checksum = hashlib.sha256(header)
+    checksum = crc32(header)
     for array in arrays.values():
-        checksum.update(array.data)
-    stream.write(_MAGIC + len(header).to_bytes(8, "little") + checksum.digest() + header)
+        checksum = crc32(array.data, checksum)
+    stream.write(_MAGIC + len(header).to_bytes(8, "little") + checksum.to_bytes(8, "little") + header)
     for array in arrays.values():
         stream.write(array.data)
 
 
 def _read(stream: BufferedReader, key: Mapping[str, Any]) -> Entry:
     """Raises ValueError, KeyError or TypeError for anything but the whole entry of this key."""
-    start = stream.read(len(_MAGIC) + 8 + 32)
-    length, wanted = int.from_bytes(start[8:16], "little"), start[16:]
+    start = stream.read(len(_MAGIC) + 8 + 8)
+    length, wanted = (int.from_bytes(start[i : i + 8], "little") for i in (8, 16))
     if start[:8] != _MAGIC or length > _LONGEST_HEADER:
         raise ValueError("no entry of this format")
     header = stream.read(length)
@@ -232,12 +233,12 @@ def _read(stream: BufferedReader, key: Mapping[str, Any]) -> Entry:
     size = sum(dtype.itemsize * int(np.prod(shape)) for shape, dtype in shapes.values())
     if os.fstat(stream.fileno()).st_size != len(start) + length + size:
         raise ValueError("cut off")
-    checksum, arrays = hashlib.sha256(header), {}
+    checksum, arrays = crc32(header), {}
     for name, (shape, dtype) in shapes.items():
         array = np.empty(shape, dtype.newbyteorder("<"))
         stream.readinto(array.data.cast("B"))
-        checksum.update(array.data)
+        checksum = crc32(array.data, checksum)
         arrays[name] = array.astype(dtype, copy=False)
-    if checksum.digest() != wanted:
+    if checksum != wanted:
         raise ValueError("damaged")
     return Entry(arrays, described["value"])

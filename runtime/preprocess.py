@@ -107,7 +107,7 @@ def normalize(data: Array, method: Normalization) -> Array:
     """Mean 0 and standard deviation 1: over the foreground, zero outside, or over the whole volume."""
     mask = foreground_mask(data) if method == "zscore-foreground" else np.ones(data.shape, dtype=bool)
     values = data[mask]
-    if values.size < 100 or float(values.std()) == 0.0:
+    if values.size < 100 or values.min() == values.max():
         raise BadDataError("nothing but background lies in the network's grid; check the alignment (--affine)")
     mean, deviation = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
     return np.where(mask, (data - np.float32(mean)) / np.float32(deviation), np.float32(0.0)).astype(np.float32)

@@ -15,7 +15,7 @@ import pytest
 
 import jrs
 from jrs import gzipped
-from jrs.gzipped import DAMAGED, open_gzip, packed, packer
+from jrs.gzipped import DAMAGED, crc32, open_gzip, packed, packer
 
 # Runs, noise and a longer stretch of zeros: stored, fixed and dynamic blocks.
 CONTENT = np.random.default_rng(0).integers(0, 40, 6000).astype(np.uint8).tobytes() + bytes(3000) + b"end"
@@ -159,3 +159,9 @@ def test_it_works_where_isa_l_is_not_installed(tmp_path: Path, library: str) -> 
     )
     assert done.stdout == "b'content'\n", done.stderr
     assert gzip.decompress(path.read_bytes()) == b"content"
+
+
+def test_the_checksum_is_zlibs_in_one_piece_or_several() -> None:
+    array = np.arange(5000, dtype=np.float32)
+    assert crc32(array.data) == zlib.crc32(array.tobytes())
+    assert crc32(CONTENT[100:], crc32(CONTENT[:100])) == zlib.crc32(CONTENT)

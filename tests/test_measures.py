@@ -140,7 +140,7 @@ def test_no_shared_modality_or_a_flat_image() -> None:
     image = np.random.default_rng(1).normal(size=(1, 12, 12, 12)).astype(np.float32)
     one, none = network_input(image, (True,)), network_input(image, (False,))
     assert similarity(one, none, image, None, ("t1",)) is None
-    flat = network_input(np.ones_like(image), (True,))
+    flat = network_input(np.full_like(image, 0.3), (True,))
     found = similarity(flat, one, image, None, ("t1",))
     assert found is not None and found["before"] is None and found["after"] == pytest.approx(1.0)
 
