@@ -29,7 +29,7 @@ from jrs.runtime.engines import ChannelsLast, hosted, on_gpu
 from jrs.runtime.machine import code_digest, numerics
 from jrs.runtime.network import Codes, Network
 from jrs.runtime.preprocess import NetworkInput, network_input, place_grid
-from jrs.runtime.refine import Level, Pyramid
+from jrs.runtime.refine import Pyramid
 from jrs.runtime.tumors import Tumors
 from jrs.volume import Volume
 
@@ -120,14 +120,13 @@ class FixedImage:
 
     def pyramid(
         self,
-        levels: tuple[Level, ...],
         grids: tuple[Geometry, ...],
         modalities: Sequence[str],
         tumors: Tumors,
         make: Callable[[], Pyramid],
     ) -> Pyramid:
         """The image as the refinement takes it; on disk where it has no tumours, whose masks are no key."""
-        known = levels, tuple(modalities), tumors.mask is None
+        known = grids, tuple(modalities), tumors.mask is None
         if known not in self.pyramids:
             if tumors.mask is not None:
                 self.pyramids[known] = make()
@@ -137,7 +136,7 @@ class FixedImage:
                 found = self.shelf.entry("pyramid", key, lambda: Entry(_numbered(make().images)))
                 images = tuple(found.arrays[str(index)] for index in range(len(grids)))
                 sources = tuple(dict.fromkeys(self.case.images[name].geometry for name in modalities))
-                self.pyramids[known] = Pyramid(levels, grids, images, tumors, sources, np.eye(4), tuple(modalities))
+                self.pyramids[known] = Pyramid(grids, images, tumors, sources, np.eye(4), tuple(modalities))
         return self.pyramids[known]
 
 

@@ -42,29 +42,37 @@ GRAPH = DATA / "graphs" / "refine.onnx"
 
 
 @dataclass(frozen=True)
-class Level:
-    """One resolution: ``share`` iterations for each one at the finest level; deviations and step in voxels."""
+class Stage:
+    """Some iterations at one level: ``share`` for each one asked for; deviations and step in voxels."""
 
-    spacing_mm: float
+    level: int
     share: int
     update_deviation: float
     field_deviation: float
     step: float = 1.0
 
 
-LEVELS = (Level(4.0, 3, 1.7, 0.7), Level(2.0, 2, 1.0, 0.4), Level(4.0 / 3.0, 1, 0.8, 0.35))
-"""Coarse to fine. The coarse level is stiff, because what it gets wrong the others do not mend."""
+SPACINGS_MM = (4.0, 2.0, 4.0 / 3.0)
+"""Of the levels, coarse to fine."""
+_TWO_HEADS = (Stage(0, 3, 1.7, 0.7), Stage(1, 2, 1.0, 0.4), Stage(2, 1, 0.8, 0.35))
+"""The coarse level is stiff, because what it gets wrong the others do not mend."""
+_ONE_HEADS = (
+    Stage(0, 12, 2.5, 0.5),
+    Stage(1, 12, 3.0, 0.4),
+    Stage(1, 12, 2.0, 0.4),
+    Stage(2, 4, 1.6, 0.35),
+)
+"""Between two images of one head all that there is to find is smooth, and more iterations find more of it."""
 _MARGIN_MM = 6.0
 _WORTHWHILE = 0.6
 """A level whose voxels are smaller than this part of the images' own is left out."""
-_ONE_HEAD = 0.87
-"""Two images are one head's if a smooth deformation alone makes them this nearly as similar as the network's does,"""
-_LITTLE_LEFT = 0.81
-"""and this nearly as similar as some iterations at the next level do from there."""
-_TRIAL = 4
-"""So many iterations."""
-_ONE_HEADS_EFFORT = (12, 4, 4)
-"""Times as many iterations, coarse to fine, for two images of one head: what they find there is the truth."""
+_WORTH_A_TRIAL = 0.82
+"""A smooth deformation at the coarse level that makes two images less like than this part of what the network does
+is none of one head's."""
+_ONE_HEAD = 0.89
+"""One head's images are made this nearly as like by a smooth deformation as by one that is not."""
+_TRIAL = 6
+"""Iterations at the second level, for each one by default at the finest."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +106,10 @@ class Refined:
 class Pyramid:
     """One image on the grid of each level of a pair: ``images`` (1,C,X,Y,Z), unit variance, the tumors blank.
 
-    ``tumors`` lie in the space of the grids, before any displacement; ``sources`` are the grids of the files.
+    ``grids`` go from coarse to fine. ``tumors`` lie in their space, before any displacement; ``sources`` are the grids
+    of the files.
     """
 
-    levels: tuple[Level, ...]
     grids: tuple[Geometry, ...]
     images: tuple[Array, ...]
     tumors: Tumors
@@ -110,22 +118,22 @@ class Pyramid:
     modalities: tuple[str, ...]
 
 
-def level_grids(moving: Volume, fixed: Volume, orientation: str) -> tuple[tuple[Level, ...], tuple[Geometry, ...]]:
-    """The levels worth having for two images, coarse to fine, and their grids around the fixed image's brain."""
+def level_grids(moving: Volume, fixed: Volume, orientation: str) -> tuple[Geometry, ...]:
+    """The grids of the levels worth having for two images, coarse to fine, around the fixed image's brain."""
     lower, upper = foreground_box(fixed)
     center, extent = (lower + upper) / 2.0, upper - lower + 2.0 * _MARGIN_MM
     native = max(float(np.cbrt(np.prod(volume.geometry.spacing))) for volume in (fixed, moving))
-    levels = tuple(level for level in LEVELS if level.spacing_mm >= _WORTHWHILE * native) or LEVELS[:1]
+    spacings = tuple(spacing for spacing in SPACINGS_MM if spacing >= _WORTHWHILE * native) or SPACINGS_MM[:1]
     # The sides of the world's axes in the order of the array's, and even: a coarser grid can hold voxels two by two.
     axes = [next(i for i, pair in enumerate(("RL", "AP", "SI")) if letter in pair) for letter in orientation]
     grids: list[Geometry] = []
-    for level in reversed(levels):
-        if grids and np.isclose(level.spacing_mm, 2.0 * grids[-1].spacing[0]):
+    for spacing in reversed(spacings):
+        if grids and np.isclose(spacing, 2.0 * grids[-1].spacing[0]):
             grids.append(_halved(grids[-1]))
             continue
-        a, b, c = (2 * int(np.ceil(extent[axis] / (2.0 * level.spacing_mm))) for axis in axes)
-        grids.append(Geometry.aligned((a, b, c), (level.spacing_mm,) * 3, center, orientation))
-    return levels, tuple(reversed(grids))
+        a, b, c = (2 * int(np.ceil(extent[axis] / (2.0 * spacing))) for axis in axes)
+        grids.append(Geometry.aligned((a, b, c), (spacing,) * 3, center, orientation))
+    return tuple(reversed(grids))
 
 
 def _halved(grid: Geometry) -> Geometry:
@@ -140,7 +148,6 @@ def _halved(grid: Geometry) -> Geometry:
 def pyramid(
     images: Mapping[str, Volume],
     modalities: Sequence[str],
-    levels: tuple[Level, ...],
     grids: tuple[Geometry, ...],
     affine: FloatArray,
     tumors: Tumors,
@@ -164,7 +171,7 @@ def pyramid(
             blank = tumors.blank_at(affine_coords(grid.shape, grid.affine), grid.spacing[0])
         sampled.append(np.stack([_standardized(channel, blank) for channel in data])[None])
     sources = tuple(dict.fromkeys(images[name].geometry for name in modalities))
-    return Pyramid(levels, grids, tuple(reversed(sampled)), tumors, sources, affine, tuple(modalities))
+    return Pyramid(grids, tuple(reversed(sampled)), tumors, sources, affine, tuple(modalities))
 
 
 def _standardized(data: Array, blank: npt.NDArray[np.bool_] | None) -> Array:
@@ -187,7 +194,6 @@ class Shelf(Protocol):
 
     def pyramid(
         self,
-        levels: tuple[Level, ...],
         grids: tuple[Geometry, ...],
         modalities: Sequence[str],
         tumors: Tumors,
@@ -224,13 +230,13 @@ class Refiner:
             ours, theirs = list(moving[0].images)[:1], list(fixed[0].images)[:1]
             notes.append(f"no modality is shared: refined by comparing moving {ours[0]} with fixed {theirs[0]}")
         first = moving[0].images[ours[0]], fixed[0].images[theirs[0]]
-        levels, grids = level_grids(*first, self.orientation)
+        grids = level_grids(*first, self.orientation)
 
         def make() -> Pyramid:
-            return pyramid(fixed[0].images, theirs, levels, grids, np.eye(4), fixed[1], self.threads)
+            return pyramid(fixed[0].images, theirs, grids, np.eye(4), fixed[1], self.threads)
 
-        atlas = make() if shelf is None else shelf.pyramid(levels, grids, theirs, fixed[1], make)
-        images = pyramid(moving[0].images, ours, levels, grids, affine, moving[1], self.threads)
+        atlas = make() if shelf is None else shelf.pyramid(grids, theirs, fixed[1], make)
+        images = pyramid(moving[0].images, ours, grids, affine, moving[1], self.threads)
         return self.refine(images, atlas, start, iterations, strangers), notes
 
     def refine(
@@ -242,25 +248,26 @@ class Refiner:
         ``Transform`` says.
 
         Images of one head at two times differ by less than the network, which has learnt how heads differ, adds of
-        its own. They are told by the coarse level: begun from the affine alone, it makes them nearly as similar as
-        the network's displacement does, and leaves the next level little to gain; two heads stay far behind in both.
-        They are refined from there, for longer.
+        its own. They are told by a smooth deformation: begun from the affine alone, it makes them nearly as similar
+        as less smooth ones do, from there or from the network's displacement; two heads stay far behind. They are
+        refined from there, by stages of their own.
         If the fixed one shows a tumour as well, what became of it is theirs to show: none is held rigid.
         """
         with self._level() as level_by:
             begun = None if strangers else self._of_one_head(level_by, moving, fixed, start)
             one_head, (field, tried) = begun is not None, begun or (start, 0)
             free = one_head and bool(fixed.tumors.lesions)
-            done, similar = [], (0.0, 0.0)
-            for index, (level, grid) in enumerate(zip(fixed.levels, fixed.grids, strict=True)):
-                effort = iterations * level.share * (_ONE_HEADS_EFFORT[index] if one_head else 1)
-                u_mm, worked, similar = self._climb(level_by, moving, fixed, index, field, effort)
-                done.append(worked)
+            finest = len(fixed.grids) - 1
+            stages = [stage for stage in (_ONE_HEADS if one_head else _TWO_HEADS) if stage.level <= finest]
+            done, similar = [tried, *[0] * finest], (0.0, 0.0)
+            for stage in stages:
+                grid = fixed.grids[stage.level]
+                u_mm, worked, similar = self._climb(level_by, moving, fixed, stage, field, iterations * stage.share)
+                done[stage.level] += worked
                 # With the start as it is, not as this level's grid holds it.
-                if worked or index + 1 == len(fixed.levels):
+                if worked or stage is stages[-1]:
                     field = DisplacementField(u_mm if free else moving.tumors.stiffened(u_mm, grid), grid)
-        done[0] += tried
-        spacings = tuple(level.spacing_mm for level in fixed.levels)
+        spacings = tuple(grid.spacing[0] for grid in fixed.grids)
         return Refined(field, *similar, tuple(done), spacings, moving.modalities, one_head)
 
     def _climb(
@@ -268,23 +275,23 @@ class Refiner:
         level_by: _LevelBy,
         moving: Pyramid,
         fixed: Pyramid,
-        index: int,
+        stage: Stage,
         start: DisplacementField,
         iterations: int,
     ) -> tuple[Array, int, tuple[float, float]]:
-        """One level: u (3,X,Y,Z) mm on its grid; iterations, 0 if they were dropped; similarity before and after."""
-        level, grid = fixed.levels[index], fixed.grids[index]
+        """One stage: u (3,X,Y,Z) mm on its grid; iterations, 0 if they were dropped; similarity before and after."""
+        grid = fixed.grids[stage.level]
         u_mm = displacement_on(start, grid, self.threads)
         linear = np.linalg.inv(grid.affine[:3, :3]).astype(np.float32)
         result = level_by(
             {
-                "fixed": fixed.images[index],
-                "moving": moving.images[index],
+                "fixed": fixed.images[stage.level],
+                "moving": moving.images[stage.level],
                 "weights": _weights(moving, fixed, u_mm, grid)[None, None],
                 "displacement": np.einsum("iw,wxyz->ixyz", linear, u_mm)[None],
-                "update_kernel": gaussian(level.update_deviation),
-                "field_kernel": gaussian(level.field_deviation),
-                "step": np.array(level.step, dtype=np.float32),
+                "update_kernel": gaussian(stage.update_deviation),
+                "field_kernel": gaussian(stage.field_deviation),
+                "step": np.array(stage.step, dtype=np.float32),
                 "iterations": np.array(iterations, dtype=np.float32),
             }
         )
@@ -302,19 +309,23 @@ class Refiner:
 
         In a number of iterations of its own, so that what is one head's does not depend on what was asked for.
         """
-        if len(fixed.levels) < 2:
+        if len(fixed.grids) < 2:
             return None
-        grid = fixed.grids[0]
-        nothing = DisplacementField(np.zeros((3, *grid.shape), dtype=np.float32), grid)
-        trial = DEFAULT_ITERATIONS * fixed.levels[0].share
-        u_mm, worked, _ = self._climb(level_by, moving, fixed, 0, nothing, trial)
-        smooth = DisplacementField(u_mm, grid)
-        by_smooth, by_start = (self._climb(level_by, moving, fixed, 1, f, 1)[2][0] for f in (smooth, start))
-        if not by_smooth >= _ONE_HEAD * by_start > 0.0:
+        climb = partial(self._climb, level_by, moving, fixed)
+        coarse, smooth, *_ = _ONE_HEADS
+        finer = _TWO_HEADS[1]
+        grids = fixed.grids
+        nothing = DisplacementField(np.zeros((3, *grids[0].shape), dtype=np.float32), grids[0])
+        u_mm, worked, _ = climb(coarse, nothing, DEFAULT_ITERATIONS * coarse.share)
+        begun = DisplacementField(u_mm, grids[0])
+        by_coarse, by_start = (climb(finer, field, 1)[2][0] for field in (begun, start))
+        if not by_coarse >= _WORTH_A_TRIAL * by_start > 0.0:
             return None
-        # A network that knows nothing is no standard.
-        _, _, (before, after) = self._climb(level_by, moving, fixed, 1, smooth, _TRIAL)
-        return (smooth, worked) if before >= _LITTLE_LEFT * after else None
+        u_mm, *_ = climb(smooth, begun, DEFAULT_ITERATIONS * _TRIAL)
+        # From its own end as well: a network that knows nothing is no standard.
+        ends = DisplacementField(u_mm, grids[1]), start
+        likes = [climb(finer, field, DEFAULT_ITERATIONS * finer.share)[2] for field in ends]
+        return (begun, worked) if likes[0][0] >= _ONE_HEAD * max(after for _, after in likes) else None
 
     @contextmanager
     def _level(self) -> Iterator[_LevelBy]:

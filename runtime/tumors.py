@@ -22,10 +22,10 @@ Mask = npt.NDArray[np.bool_]
 
 _CLOSED_MM = 4.0
 """Gaps in a lesion up to twice as wide belong to it."""
-_MARGIN_MM = 2.0
-"""So far around a lesion everything is treated as lesion."""
-_FADING_MM = 4.0
-"""Within this distance more the comparison comes in."""
+_FADING_MM = 2.0
+"""Within this distance of all that may show something of a lesion the comparison comes in."""
+_RIGID_MM = 2.0
+"""So far around a lesion everything moves as it does."""
 _FREE_MM = 14.0
 """From this distance on the surroundings deform freely."""
 _SMALLEST_ML = 0.5
@@ -126,15 +126,15 @@ class Tumors:
     @cached_property
     def _stiff(self) -> list[Array]:
         """For each lesion: 1 in it, smoothly 0 at some distance."""
-        return [1.0 - _ramp(_distance_mm(part, self.grid), _MARGIN_MM, _FREE_MM) for part in self.lesions]
+        return [1.0 - _ramp(_distance_mm(part, self.grid), _RIGID_MM, _FREE_MM) for part in self.lesions]
 
     def blank_at(self, points_ras: Array, voxel_mm: float) -> Mask:
         """Where voxels of that size at points (3,x,y,z) may show something of a lesion, (x,y,z)."""
-        return self._distance_at(points_ras) <= _MARGIN_MM + HALF_DIAGONAL * voxel_mm
+        return self._distance_at(points_ras) <= HALF_DIAGONAL * voxel_mm
 
     def weights_at(self, points_ras: Array, voxel_mm: float) -> Array:
         """How much to compare there: 0 where it is blank and so near that differences reach it, 1 further away."""
-        low = _MARGIN_MM + (HALF_DIAGONAL + 1.0) * voxel_mm
+        low = (HALF_DIAGONAL + 1.0) * voxel_mm
         return _ramp(self._distance_at(points_ras), low, low + _FADING_MM)
 
     def _distance_at(self, points_ras: Array) -> Array:
@@ -147,7 +147,7 @@ class Tumors:
     def stiffened(self, u_mm: Array, grid: Geometry) -> Array:
         """u (3,X,Y,Z) mm on ``grid``, made a rigid motion in every lesion, where x + u(x) is a lesion's point.
 
-        The motion is the one nearest to u; it goes over into u between ``_MARGIN_MM`` and ``_FREE_MM`` from the
+        The motion is the one nearest to u; it goes over into u between ``_RIGID_MM`` and ``_FREE_MM`` from the
         lesion. A rigid motion has determinant 1: the affine alone decides what becomes of the volume.
         """
         out = u_mm.copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from scipy import ndimage
 from jrs.errors import BadDataError
 from jrs.fields import DisplacementField, jacobian_determinant
 from jrs.geometry import Geometry
-from jrs.runtime import native
+from jrs.runtime import native, refine
 from jrs.runtime.cases import Case
 from jrs.runtime.engines import EngineOptions, available_backends, open_engine
 from jrs.runtime.pipeline import Pipeline
 from jrs.runtime.preprocess import NetworkInput
-from jrs.runtime.refine import GRAPH, LEVELS, Refined, Refiner, gaussian, level_grids, pyramid
+from jrs.runtime.refine import GRAPH, Refined, Refiner, gaussian, level_grids, pyramid
 from jrs.runtime.refine_level import refine_level
 from jrs.runtime.sampling import Sampled, affine_coords
 from jrs.runtime.transform import Transform, displacement_on
@@ -325,39 +326,40 @@ def test_a_start_is_improved_not_forgotten(ripples: tuple[Volume, Volume, Displa
     assert missed_mm(found, truth, fixed) < 0.3
 
 
-def test_a_level_that_worsens_a_good_start_is_dropped(ripples: tuple[Volume, Volume, DisplacementField]) -> None:
+def test_a_level_that_worsens_a_good_start_is_dropped(
+    ripples: tuple[Volume, Volume, DisplacementField], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The coarse level smooths the truth, to no use: its result counts for nothing, the start goes on as it is."""
     moving, fixed, truth = ripples
     none = Tumors(None, truth.geometry)
     images = case(t1=moving), case(t1=fixed)
-    levels, grids = level_grids(moving, fixed, "RAS")
-    sides = [pyramid(c.images, ["t1"], levels[:1], grids[:1], np.eye(4), none, 1) for c in images]
+    grids = level_grids(moving, fixed, "RAS")
+    sides = [pyramid(c.images, ["t1"], grids[:1], np.eye(4), none, 1) for c in images]
     found = Refiner("ort-cpu", threads=1).refine(*sides, truth, 4)
     assert found.iterations == (0,) and found.similarity_after == found.similarity_before
     np.testing.assert_array_equal(found.displacement.vectors_mm, displacement_on(truth, grids[0], 1))
-    # Levels after it begin where it began.
-    both, alone = (
-        Refiner("ort-cpu", threads=1).refine(
-            *(pyramid(c.images, ["t1"], levels[s], grids[s], np.eye(4), none, 1) for c in images), truth, 4
-        )
-        for s in (slice(0, 2), slice(1, 2))
-    )
-    assert both.iterations[0] == 0
-    np.testing.assert_array_equal(both.displacement.vectors_mm, alone.displacement.vectors_mm)
     # From no displacement the same level is of use.
     zero = DisplacementField(np.zeros_like(truth.vectors_mm), truth.geometry)
     again = Refiner("ort-cpu", threads=1).refine(*sides, zero, 4)
     assert again.iterations[0] > 0 and again.similarity_after > again.similarity_before
+    # Levels after it begin where it began.
+    two = [pyramid(c.images, ["t1"], grids[:2], np.eye(4), none, 1) for c in images]
+    both = Refiner("ort-cpu", threads=1).refine(*two, truth, 4)
+    assert both.iterations[0] == 0
+    monkeypatch.setattr(refine, "_TWO_HEADS", (replace(refine._TWO_HEADS[1], level=0),))
+    finer = [pyramid(c.images, ["t1"], grids[1:2], np.eye(4), none, 1) for c in images]
+    alone = Refiner("ort-cpu", threads=1).refine(*finer, truth, 4)
+    np.testing.assert_array_equal(both.displacement.vectors_mm, alone.displacement.vectors_mm)
 
 
 def test_a_level_that_ends_in_no_number_is_dropped(
     ripples: tuple[Volume, Volume, DisplacementField], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moving, fixed, truth = ripples
-    levels, grids = level_grids(moving, fixed, "RAS")
+    grids = level_grids(moving, fixed, "RAS")
     none = Tumors(None, truth.geometry)
     images = case(t1=moving), case(t1=fixed)
-    sides = [pyramid(c.images, ["t1"], levels[:1], grids[:1], np.eye(4), none, 1) for c in images]
+    sides = [pyramid(c.images, ["t1"], grids[:1], np.eye(4), none, 1) for c in images]
     refiner = Refiner("ort-cpu", threads=1)
 
     def broken(inputs: dict[str, Array]) -> dict[str, Array]:
@@ -384,32 +386,27 @@ def test_of_one_head_the_truth_is_found_whatever_the_start_added(
     start = DisplacementField(truth.vectors_mm + 0.6 * noise.vectors_mm, grid)
     found = from_start(moving, fixed, start, 4)
     assert found.one_head and found.summary()["start"] == "affine"
-    assert missed_mm(found, truth, fixed) < 0.5
+    assert missed_mm(found, truth, fixed) < 0.4
     assert np.linalg.norm(0.6 * noise.vectors_mm, axis=0).mean() > 1.0
     none = Tumors(None, grid)
     images = (case(t1=moving), none), (case(t1=fixed), none)
     strangers, _ = Refiner("ort-cpu", threads=1).refine_case(*images, np.eye(4), start, 4, strangers=True)
     assert not strangers.one_head and strangers.iterations != found.iterations
     # More iterations, and at the coarse level those that told.
-    most = [4 * 3 * 12 + 12, 4 * 2 * 4]
+    most = [4 * (12 + 12) + 12, 4 * (12 + 12)]
     assert all(0 < done <= limit for done, limit in zip(found.iterations, most, strict=False))
 
 
-def test_two_heads_keep_the_networks_start(ripples: tuple[Volume, Volume, DisplacementField]) -> None:
-    """What they share is moved by ripples, and half of what one shows the other does not."""
+@pytest.mark.parametrize("knows", [1.0, 0.0])
+def test_two_heads_keep_the_networks_start(ripples: tuple[Volume, Volume, DisplacementField], knows: float) -> None:
+    """Half of what one shows the other does not, whether the network knows how the rest has moved or nothing."""
     moving, fixed, truth = ripples
     rng = np.random.default_rng(9)
     own = smooth_noise(rng, fixed.data.shape, 1.2)
     mixed = np.where(fixed.data > 20, fixed.data + 30.0 * own / own.std(), 0.0).astype(np.float32)
-    assert not from_start(moving, Volume(mixed, fixed.geometry), truth, 4).one_head
-
-
-def test_a_start_that_is_none_does_not_make_one_head_of_two(ripples: tuple[Volume, Volume, DisplacementField]) -> None:
-    """The network found nothing, so that anything is as good; but much is left to be found at the next level."""
-    moving, fixed, truth = ripples
-    nothing = DisplacementField(np.zeros_like(truth.vectors_mm), truth.geometry)
-    found = from_start(moving, fixed, nothing, 4)
-    assert not found.one_head and found.similarity_after > found.similarity_before
+    start = DisplacementField(np.float32(knows) * truth.vectors_mm, truth.geometry)
+    found = from_start(moving, Volume(mixed, fixed.geometry), start, 4)
+    assert not found.one_head and found.similarity_after >= found.similarity_before
 
 
 def test_part_of_the_head_outside_the_moving_image(pair: tuple[Volume, Volume, Geometry]) -> None:
@@ -435,15 +432,15 @@ def blob(shape: tuple[int, int, int], spacing: float) -> Volume:
 
 def test_levels_fit_the_images_resolution() -> None:
     fine, coarse = blob((100, 100, 100), 1.0), blob((30, 30, 30), 4.0)
-    levels, grids = level_grids(fine, fine, "LPS")
-    assert levels == LEVELS and [g.orientation for g in grids] == ["LPS"] * 3
+    grids = level_grids(fine, fine, "LPS")
+    assert [g.orientation for g in grids] == ["LPS"] * 3
     assert [g.spacing[0] for g in grids] == pytest.approx([4.0, 2.0, 4.0 / 3.0])
     for grid in grids:
         ends = np.abs(grid.to_voxels(fine.geometry.center) - (np.array(grid.shape) - 1) / 2) * grid.spacing
         assert ends.max() < 1.0
         assert all(86 <= n * s < 100 for n, s in zip(grid.shape, grid.spacing, strict=True))
-    assert [level.spacing_mm for level in level_grids(coarse, fine, "RAS")[0]] == [4.0]
-    assert [level.spacing_mm for level in level_grids(blob((3, 30, 30), 30.0), fine, "RAS")[0]] == [4.0]
+    for image in (coarse, blob((3, 30, 30), 30.0)):
+        assert [grid.spacing[0] for grid in level_grids(image, fine, "RAS")] == [4.0]
 
 
 @pytest.mark.parametrize("deviation", [0.35, 0.7, 1.7])

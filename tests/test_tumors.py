@@ -110,14 +110,14 @@ def test_weights_by_distance(grid: Geometry) -> None:
     assert tumors.mask is not None
     distance = ndimage.distance_transform_edt(~tumors.mask, SPACING)
     weights = tumors.weights_at(affine_coords(grid.shape, grid.affine), 2.0)
-    assert np.all(weights[distance <= 5.7] == 0.0)
-    assert np.all(weights[distance >= 9.8] == 1.0)
-    between = (distance > 5.8) & (distance < 9.7)
+    assert np.all(weights[distance <= 3.7] == 0.0)
+    assert np.all(weights[distance >= 5.8] == 1.0)
+    between = (distance > 3.8) & (distance < 5.7)
     assert np.all((weights[between] > 0) & (weights[between] < 1))
     order = np.argsort(distance[between])
     assert np.all(np.diff(weights[between][order]) >= -1e-5)
     blank = tumors.blank_at(affine_coords(grid.shape, grid.affine), 2.0)
-    assert np.array_equal(blank, distance <= 2.0 + 2.0 * 0.87)
+    assert np.array_equal(blank, distance <= 2.0 * 0.87)
     far = np.full((3, 1, 1, 1), 500.0, dtype=np.float32)
     assert tumors.weights_at(far, 2.0).item() == 1.0
 
@@ -190,7 +190,7 @@ def test_what_is_in_a_tumour_has_no_say(images: tuple[Volume, Volume, Tumors], w
     none = Tumors(None, tumors.grid)
     masks = (tumors, none) if whose == 0 else (none, tumors)
     rng = np.random.default_rng(2)
-    # The outermost voxels of a coarse image shine further than the margin by interpolation.
+    # The outermost voxels of a coarse image shine further by interpolation.
     inside = ndimage.binary_erosion(tumors.mask)
     painted = pair[whose].data + np.where(inside, rng.normal(0, 200, tumors.mask.shape), 0)
     other = list(pair)
