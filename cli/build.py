@@ -60,10 +60,14 @@ def build_bundle(
 
     from jrs.cli.console import table
     from jrs.runtime.engines import plans
+    from jrs.runtime.engines.kernel import can_sample
 
     module = plans.import_library(choose_library(library))
     paths, rows = [], []
     for name in bundle.manifest.graphs:
+        if name == "transformer" and not can_sample(module):
+            rows.append((name, "", "", "stays on the CPU: this version cannot sample volumes"))
+            continue
         graph = bundle.graph(name)
         say(f"{module.__name__}: {name}")
         # The transformer computes in FP32 whatever the bundle's precision is.

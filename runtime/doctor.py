@@ -12,7 +12,7 @@ import numpy as np
 
 from jrs import __version__
 from jrs.bundle import Bundle
-from jrs.errors import JrsError
+from jrs.errors import JrsError, first_line
 from jrs.resources import DATA
 from jrs.runtime import native
 from jrs.runtime.engines import (
@@ -20,6 +20,7 @@ from jrs.runtime.engines import (
     EngineOptions,
     all_backends,
     choose_backend,
+    fallbacks,
     on_gpu,
     open_engine,
     why_unavailable,
@@ -97,6 +98,7 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Look at everything; never raises for what is missing."""
+    backends = tuple(_try(name) for name in all_backends())
     return Diagnosis(
         jrs=__version__,
         python=platform.python_version(),
@@ -108,14 +110,18 @@ def diagnose() -> Diagnosis:
         devices=visible_devices(),
         no_gpu=None if visible_devices() else why_no_device(),
         libraries=tuple(Library(name, _version(names)) for name, names in _LIBRARIES.items()),
-        backends=tuple(_try(name) for name in all_backends()),
-        auto=_auto(),
+        backends=backends,
+        auto=_auto({state.name for state in backends if state.works}),
     )
 
 
-def _auto() -> AutoChoice | None:
+def _auto(working: set[str]) -> AutoChoice | None:
+    """The first that works: what ``auto`` begins with it leaves where it fails."""
     try:
-        backend, _ = choose_backend()
+        first, _ = choose_backend()
+        backend = next((b for b in (first, *fallbacks(first, gpus=True)) if b in working), None)
+        if backend is None:
+            return None
         bundle = Bundle.open()
         chosen = choose_precision(bundle, backend, "auto")
     except JrsError:
@@ -144,6 +150,8 @@ def _try(name: str) -> BackendState:
         elapsed = 1000.0 * (time.perf_counter() - start)
     except JrsError as error:
         return BackendState(name, False, None, (), None, str(error))
+    except Exception as error:  # whatever a library does, the others are looked at
+        return BackendState(name, False, None, (), None, f"{type(error).__name__}: {first_line(error)}")
     if wrong is not None:
         return BackendState(name, False, device, (), elapsed, f"{wrong} comes out wrong")
     return BackendState(name, True, device, _precisions(name), elapsed, None)
@@ -191,7 +199,7 @@ def _shifted(image: Array) -> Array:
 def _precisions(name: str) -> tuple[str, ...]:
     if name == "openvino":
         return ("fp32", "bf16") if computes_bf16() else ("fp32",)
-    if not on_gpu(name):
+    if not on_gpu(name) or name == "ort-tensorrt":
         return ("fp32",)
     capability = visible_devices()[0].capability
     return tuple(precision for precision, least in _PRECISIONS.items() if capability >= least)

@@ -21,8 +21,8 @@ from jrs.runtime.engines import (
     EngineInfo,
     EngineOptions,
     Value,
-    available_backends,
     choose_backend,
+    fallbacks,
     hosted,
     on_gpu,
     open_engine,
@@ -65,7 +65,8 @@ def engine_options(
 class Network:
     """The engines of a bundle, opened when first needed; a context manager.
 
-    With backend ``auto``, a GPU whose memory runs out or whose library fails is left for the CPU; ``notes`` says so.
+    With backend ``auto``, a GPU whose memory runs out is left for the CPU, a library that fails for the next one;
+    ``notes`` says so.
     """
 
     def __init__(
@@ -193,13 +194,16 @@ class Network:
         except (OutOfMemoryError, BackendError) as error:
             if not (self._free_to_choose and on_gpu(self.backend)):
                 raise
-            inputs = hosted(inputs)
+            try:
+                inputs = hosted(inputs)
+            except (OutOfMemoryError, BackendError):
+                raise error from None  # the device has failed for good, and shows nothing any more
             self._leave_gpu(error)
             return self._keep(name, inputs)
 
     def _leave_gpu(self, error: Exception) -> None:
-        """Go on with the best backend of the CPU; codes on the device stay readable."""
-        left = [backend for backend in available_backends() if not on_gpu(backend)]
+        """Go on with the next backend, or of the CPU if memory ran out; codes on the device stay readable."""
+        left = fallbacks(self.backend, gpus=isinstance(error, BackendError))
         if not left:
             raise error
         self.notes.append(f"{error}; went on with {left[0]}")

@@ -368,6 +368,13 @@ class FullDevice:
         self.engine.__exit__(*rest)
 
 
+class BrokenDevice:
+    """A GPU backend whose library does not fit its driver."""
+
+    def __init__(self, graph: Path, options: EngineOptions) -> None:
+        raise BackendError("backend broken: the driver is too old")
+
+
 class Handle:
     """Memory that only its ``numpy`` shows."""
 
@@ -384,6 +391,31 @@ def full_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "_ON_GPU", ("full",))
     monkeypatch.setattr(engines, "why_unavailable", lambda name: None if name in ("full", *BACKENDS) else "not here")
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__, types.SimpleNamespace(FullDevice=FullDevice)))
+
+
+def test_auto_goes_on_with_the_next_library_then_the_cpu(
+    full_device: None, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jrs.bundle import Bundle
+    from jrs.runtime.network import Network
+
+    monkeypatch.setattr(engines, "_BACKENDS", {"broken": ("numpy", __name__, "BrokenDevice"), **engines._BACKENDS})
+    monkeypatch.setattr(engines, "_ON_GPU", ("broken", "full"))
+    here = ("broken", "full", *BACKENDS)
+    monkeypatch.setattr(engines, "why_unavailable", lambda name: None if name in here else "not here")
+    monkeypatch.setattr(sys.modules[__name__], "BrokenDevice", BrokenDevice, raising=False)
+    assert engines.fallbacks("broken", gpus=True) == ["full", *BACKENDS]
+    assert engines.fallbacks("broken", gpus=False) == BACKENDS == engines.fallbacks("full", gpus=True)
+    image = np.random.default_rng(0).normal(size=(1, 4, 32, 32, 32)).astype(np.float32)
+    with Network(Bundle.open(tiny_bundle), threads=1) as network:
+        assert network.backend == "broken"
+        codes = network.encode(image)
+        assert network.backend == "full"
+        network.register(image, codes, codes)
+        assert network.notes == [
+            "backend broken: the driver is too old; went on with full",
+            f"GPU of 1 byte: out of device memory; went on with {BACKENDS[0]}",
+        ]
 
 
 def test_auto_leaves_a_full_device_and_says_so(full_device: None, tiny_bundle: Path) -> None:

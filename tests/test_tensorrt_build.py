@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import sys
+import types
+import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ import pytest
 
 from jrs.bundle import Bundle
 from jrs.errors import BackendError, UsageError
-from jrs.runtime.engines import cuda, kernel, plans
+from jrs.runtime.engines import EngineOptions, cuda, kernel, open_engine, plans
 from jrs.runtime.engines.plans import BuildOptions, Plan, PlanKey
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -266,6 +270,116 @@ def test_which_libraries_sample_volumes(name: str, version: str, native: bool) -
     assert kernel.has_native_sampler(Library(name, version)) is native  # type: ignore[arg-type]
 
 
+def test_a_tensorrt_without_a_sampler_leaves_the_transformer_to_the_cpu(
+    default: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As JetPack 6 has it, with TensorRT 10.3: no ahead-of-time plugins."""
+    monkeypatch.setattr(plans, "import_library", lambda backend: Library("tensorrt", "10.3.0"))
+    with open_engine(default.graph("transformer"), "transformer", "tensorrt", EngineOptions()) as engine:
+        assert engine.info.backend == "ort-cpu"
+
+
+class PluginModule(types.ModuleType):
+    """``tensorrt.plugin`` as far as it checks what is registered (TensorRT 10.8 to 10.16)."""
+
+    class TensorDesc: ...
+
+    class KernelLaunchParams: ...
+
+    class SymIntExprs: ...
+
+    def __init__(self) -> None:
+        super().__init__("tensorrt.plugin")
+        self.made: dict[str, Any] = {}
+
+    def register(self, name: str) -> Callable[[Any], None]:
+        def check(function: Any) -> None:
+            signature = inspect.signature(function)
+            kinds = [p.annotation for p in signature.parameters.values()]
+            assert kinds == [self.TensorDesc] * len(kinds) and signature.return_annotation is self.TensorDesc
+            self.made["inputs"] = list(signature.parameters)
+
+        return check
+
+    def autotune(self, name: str) -> Callable[[Any], None]:
+        def check(function: Any) -> None:
+            assert list(inspect.signature(function).parameters) == [*self.made["inputs"], "outputs"]
+
+        return check
+
+    def aot_impl(self, name: str) -> Callable[[Any], None]:
+        def check(function: Any) -> None:
+            signature = inspect.signature(function)
+            assert list(signature.parameters) == [*self.made["inputs"], "outputs", "tactic"]
+            if signature.return_annotation is inspect.Signature.empty:
+                raise ValueError("No return annotation found for aot_impl function.")
+            assert typing.get_origin(signature.return_annotation) is tuple
+            name, ptx, launch, extra = typing.get_args(signature.return_annotation)
+            assert {name, ptx} <= {str, bytes} and (launch, extra) == (self.KernelLaunchParams, self.SymIntExprs)
+            self.made["kernel"] = function
+
+        return check
+
+
+@pytest.fixture
+def plugins(monkeypatch: pytest.MonkeyPatch) -> PluginModule:
+    module = PluginModule()
+    monkeypatch.setitem(sys.modules, "tensorrt", types.ModuleType("tensorrt"))
+    monkeypatch.setitem(sys.modules, "tensorrt.plugin", module)
+    monkeypatch.setattr(kernel, "_registered", set())
+    monkeypatch.setattr(kernel, "compile_ptx", lambda capability: b"ptx")
+    return module
+
+
+def test_the_plugin_is_registered_by_the_librarys_rules(plugins: PluginModule) -> None:
+    library: Any = Library("tensorrt", "10.16.2")
+    assert kernel.can_sample(library)
+    kernel.register_plugin(library, (8, 7))
+    assert "kernel" in plugins.made
+    plugins.made.clear()
+    kernel.register_plugin(library, (8, 7))  # once a process
+    assert not plugins.made
+
+
+def test_a_plugin_that_the_library_refuses_is_one_line(plugins: PluginModule) -> None:
+    plugins.aot_impl = lambda name: _refuse  # type: ignore[method-assign]
+    with pytest.raises(BackendError, match=r"tensorrt 10.16.2 does not take the plugin jrs::JrsGridSample3D \(no such"):
+        kernel.register_plugin(Library("tensorrt", "10.16.2"), (8, 7))  # type: ignore[arg-type]
+
+
+def _refuse(function: Any) -> None:
+    raise ValueError("no such thing\nand more")
+
+
+def test_without_its_body_the_operator_is_left_to_a_plugin(default: Bundle) -> None:
+    onnx = pytest.importorskip("onnx")
+    content = default.graph("transformer").read_bytes()
+    whole, bare = onnx.load_from_string(content), onnx.load_from_string(plans.without_functions(content))
+    assert len(whole.functions) >= 1 and not bare.functions
+    del whole.functions[:]
+    assert bare == whole
+    # TensorRT-RTX then looks for a plugin; with the body it samples itself.
+    logger = plans.make_logger(trt)
+    network = trt.Builder(logger).create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert not parser.parse(plans.without_functions(content))
+    assert "JrsGridSample3D" in " ".join([parser.get_error(0).desc(), *logger.errors])
+
+
+@pytest.mark.parametrize(
+    ("reason", "memory"),
+    [
+        ("Cuda Runtime (out of memory)", True),
+        ("Error Code 2: OutOfMemory (Requested size was 1 bytes.)", True),
+        ("There may not be enough free memory for allocation to succeed.", True),
+        ("an illegal memory access was encountered", False),
+        ("too much shared memory", False),
+    ],
+)
+def test_which_errors_are_of_memory(reason: str, memory: bool) -> None:
+    assert plans.tells_of_memory(reason) is memory
+
+
 def test_the_node_carries_what_the_plugin_registry_asks_for(default: Bundle) -> None:
     onnx = pytest.importorskip("onnx")
     (node,) = [n for n in onnx.load(default.graph("transformer")).graph.node if n.op_type == "JrsGridSample3D"]
@@ -289,7 +403,6 @@ def test_so_does_the_one_inside_the_refinements_loop() -> None:
 
 @no_gpu
 def test_without_a_device_the_engine_says_so(default: Bundle) -> None:
-    from jrs.runtime.engines import EngineOptions
     from jrs.runtime.engines.tensorrt import TensorRtRtxEngine
 
     with pytest.raises(BackendError) as caught:

@@ -23,6 +23,7 @@ __all__ = [
     "all_backends",
     "available_backends",
     "choose_backend",
+    "fallbacks",
     "hosted",
     "on_gpu",
     "open_engine",
@@ -89,6 +90,12 @@ def available_backends() -> list[str]:
     return [name for name in _BACKENDS if why_unavailable(name) is None]
 
 
+def fallbacks(backend: str, gpus: bool) -> list[str]:
+    """What ``auto`` goes on with where a backend of its choice fails, best first; ``gpus``: another GPU's as well."""
+    later = list(_BACKENDS)[list(_BACKENDS).index(backend) + 1 :]
+    return [b for b in available_backends() if b in later and b not in _NOT_BY_AUTO and (gpus or not on_gpu(b))]
+
+
 def choose_backend(name: str = "auto", precision: str = "auto") -> tuple[str, str]:
     """The backend and precision that ``auto`` stands for here; the same on every run.
 
@@ -115,12 +122,22 @@ def choose_backend(name: str = "auto", precision: str = "auto") -> tuple[str, st
     return name, "fp32" if precision == "auto" else precision
 
 
+def _samples(backend: str) -> bool:
+    """Whether a backend runs the transformer itself."""
+    from jrs.runtime.engines import kernel, plans
+
+    return on_gpu(backend) and (
+        backend not in plans.LIBRARIES or kernel.can_sample(plans.import_library(backend))
+    )
+
+
 def open_engine(graph: Path, kind: str, backend: str, options: EngineOptions) -> Engine:
     """Load a graph: ``kind`` is its name in a manifest or ``refinement``, ``backend`` as ``choose_backend`` gave it.
 
-    The refinement has no fixed shape and a loop inside: it stays on the CPU.
+    The refinement has no fixed shape and a loop inside: it stays on the CPU. So does the transformer of a TensorRT that
+    cannot sample volumes.
     """
-    if kind == "refinement" or (kind == "transformer" and not on_gpu(backend)):
+    if kind == "refinement" or (kind == "transformer" and not _samples(backend)):
         backend, options = _SAMPLING_BACKEND, EngineOptions("fp32", options.threads)
     _, module, name = _BACKENDS[backend]
     engine: Engine = getattr(importlib.import_module(module), name)(graph, options)

@@ -1,12 +1,13 @@
 """The sampler as a CUDA kernel of our own: compiled by NVRTC, put into a TensorRT engine as an ahead-of-time plugin.
 
-TensorRT 10 (JetPack 6) and 11.0 to 11.1 have no GridSample for volumes. The plugin ``jrs::JrsGridSample3D`` is
+TensorRT 10 and 11.0 to 11.1 have no GridSample for volumes. The plugin ``jrs::JrsGridSample3D`` is
 registered before a graph is parsed; the compiled kernel then lies inside the engine, which loads without Python's
 half of it.
 """
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,13 @@ def compile_ptx(compute_capability: tuple[int, int]) -> bytes:
     nvrtc = _import_nvrtc()
     status, program = nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), SOURCE.name.encode(), 0, [], [])
     _check(nvrtc, status)
+    try:
+        return _compiled(nvrtc, program, compute_capability)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _compiled(nvrtc: Any, program: Any, compute_capability: tuple[int, int]) -> bytes:
     major, minor = compute_capability
     options = [f"--gpu-architecture=compute_{major}{minor}".encode(), b"--std=c++17", b"--fmad=true"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
@@ -43,7 +51,6 @@ def compile_ptx(compute_capability: tuple[int, int]) -> bytes:
     _check(nvrtc, status)
     ptx = b" " * size
     _check(nvrtc, *nvrtc.nvrtcGetPTX(program, ptx))
-    nvrtc.nvrtcDestroyProgram(program)
     compiled: bytes = ptx.rstrip(b"\0 ")
     return compiled
 
@@ -76,33 +83,41 @@ def _version(library: ModuleType) -> tuple[int, ...]:
     return tuple(int(part) for part in str(library.__version__).split(".")[:3] if part.isdigit())
 
 
+def can_sample(library: ModuleType) -> bool:
+    """Whether the library's engines can hold the sampler: as its own GridSample, or as a plugin (from 10.8 on)."""
+    return has_native_sampler(library) or _plugin_module(library) is not None
+
+
+def _plugin_module(library: ModuleType) -> Any:
+    """The library's module of Python plugins, None if it has none that are compiled ahead of time."""
+    try:
+        module = importlib.import_module(f"{library.__name__}.plugin")
+    except ImportError:
+        return None
+    return module if hasattr(module, "aot_impl") else None
+
+
 def register_plugin(library: ModuleType, compute_capability: tuple[int, int]) -> None:
     """Register the plugin with a TensorRT library, once a process; the kernel is compiled for the capability.
 
-    Raises BackendError for a library without ahead-of-time plugins (before 10.8).
+    Raises BackendError for a library without ahead-of-time plugins (before 10.8), or that does not take this one.
     """
     if library.__name__ in _registered:
         return
-    try:
-        import importlib
-
-        plugin = importlib.import_module(f"{library.__name__}.plugin")
-    except ImportError as error:
-        raise BackendError(
-            f"{library.__name__} {library.__version__} has neither 5-D GridSample nor Python plugins; "
-            "update TensorRT to 10.8 or newer, or use --backend ort-cuda"
-        ) from error
-    if not hasattr(plugin, "aot_impl"):
-        raise BackendError(
-            f"{library.__name__} {library.__version__} has no ahead-of-time plugins; update TensorRT to 10.8 or newer"
-        )
+    of = f"{library.__name__} {library.__version__}"
+    plugin = _plugin_module(library)
+    if plugin is None:
+        raise BackendError(f"{of} has neither 5-D GridSample nor ahead-of-time plugins; update it to 10.8 or newer")
     ptx = compile_ptx(compute_capability)
-    _define(library, plugin, ptx)
+    try:
+        _define(library, plugin, ptx)
+    except Exception as error:
+        raise BackendError(f"{of} does not take the plugin {PLUGIN} ({first_line(error)})") from error
     _registered.add(library.__name__)
 
 
 def _define(library: Any, trtp: Any, ptx: bytes) -> None:
-    # TensorRT checks the annotations of the registered function, and takes no strings for them: they are set by hand.
+    # TensorRT checks the annotations of these functions, and takes no strings for them: they are set by hand.
     def describe(X, coords):  # type: ignore[no-untyped-def]
         out = X.like()
         for axis in (2, 3, 4):
@@ -129,4 +144,6 @@ def _define(library: Any, trtp: Any, ptx: bytes) -> None:
         extra = trtp.SymIntExprs.from_tuple([trtp.SymInt32(value) for value in scalars])
         return kernel.encode(), ptx, launch, extra
 
+    returned = tuple[bytes, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
+    implement.__annotations__ = {"return": returned}
     trtp.aot_impl(PLUGIN)(implement)

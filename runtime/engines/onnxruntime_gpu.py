@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +93,13 @@ class OrtCudaEngine(Closing):
         # A node without a kernel on the GPU would go to the CPU without a word, and its data with it.
         session.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         if hasattr(onnxruntime, "preload_dlls"):
-            # CUDA and cuDNN from NVIDIA's wheels, where they are installed.
-            onnxruntime.preload_dlls()
+            # CUDA and cuDNN from NVIDIA's wheels, where they are installed; it prints what it does not find.
+            with redirect_stdout(io.StringIO()):
+                onnxruntime.preload_dlls()
         try:
-            native = onnxruntime.InferenceSession(str(graph), session, providers=self.providers(graph, options))
+            # Where this fails the package would print a line and try again without the GPU.
+            providers = self.providers(graph, options)
+            native = onnxruntime.InferenceSession(str(graph), session, providers=providers, enable_fallback=0)
         except Exception as error:
             raise self._failure("cannot be loaded", error) from error
         if PROVIDERS[self.backend] not in native.get_providers():
@@ -103,7 +108,6 @@ class OrtCudaEngine(Closing):
                 f"backend {self.backend}: {PROVIDERS[self.backend]} does not start (CUDA or cuDNN libraries are "
                 "missing or of another version); jrs doctor says more"
             )
-        native.disable_fallback()
         self._native: BoundSession | None = BoundSession(native, "cuda")
         from jrs.runtime.engines.cuda import visible_devices
 

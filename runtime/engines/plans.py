@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from jrs.runtime.engines.cuda import Device, driver_version, visible_devices
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 ANY = "any"
+_MEMORY = re.compile(r"out ?of ?memory|enough free memory|memory ?allocation|not be allocated", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -148,17 +150,21 @@ def build_plan(
     Raises BackendError with the library's own reason, OutOfMemoryError if the device has not enough memory.
     """
     trt: Any = library
-    logger = _make_logger(trt)
-    if not kernel.has_native_sampler(library):
+    logger = make_logger(trt)
+    if not kernel.has_native_sampler(library) and kernel.can_sample(library):
         kernel.register_plugin(library, _this_device(library).capability)
     builder = trt.Builder(logger)
     # From TensorRT 11 on every network is strongly typed, and the flag may be gone.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(graph)):
-        reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)] or logger.errors
-        raise BackendError(f"{library.__name__}: cannot read {graph_name(graph)} ({_short(reasons)})")
+    if kernel.has_native_sampler(library):
+        read = parser.parse_from_file(str(graph))
+    else:  # some versions take an operator's body, which they cannot compute, before its plugin
+        read = parser.parse(without_functions(graph.read_bytes()), str(graph))
+    if not read:
+        reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        raise BackendError(f"{library.__name__}: cannot read {graph_name(graph)} ({short([*reasons, *logger.errors])})")
     layers, types = _describe(network)
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
@@ -169,8 +175,8 @@ def build_plan(
     timings = _TimingCache(trt, config, key, cache)
     content = builder.build_serialized_network(network, config)
     if content is None:
-        reason = _short(logger.errors)
-        if "memory" in reason.lower():
+        reason = short(logger.errors[-1:])  # those before it are of tactics that were left out
+        if tells_of_memory(reason):
             raise OutOfMemoryError(f"{library.__name__}: no device memory to build {graph_name(graph)} ({reason})")
         raise BackendError(f"{library.__name__}: cannot build {graph_name(graph)} for {key.capability} ({reason})")
     timings.save()
@@ -205,7 +211,8 @@ class _TimingCache:
         self._file = folder / f"timings-{hashlib.sha256(of.encode()).hexdigest()[:20]}.cache"
         known = self._file.read_bytes() if self._file.is_file() else b""
         # One that does not fit is refused by the library, and timings are taken anew.
-        if not config.set_timing_cache(config.create_timing_cache(known), False):
+        stored = config.create_timing_cache(known)
+        if stored is None or not config.set_timing_cache(stored, False):
             config.set_timing_cache(config.create_timing_cache(b""), False)
 
     def save(self) -> None:
@@ -226,10 +233,10 @@ def _describe(network: Any) -> tuple[dict[str, int], dict[str, int]]:
     return dict(layers), dict(types)
 
 
-def _make_logger(trt: Any) -> Any:
-    class Quiet(trt.ILogger):  # type: ignore[misc]
-        """Keeps the library's errors for messages, prints nothing."""
+def make_logger(trt: Any) -> Any:
+    """A logger of the library that keeps ``errors`` and prints nothing."""
 
+    class Quiet(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
@@ -241,9 +248,45 @@ def _make_logger(trt: Any) -> Any:
     return Quiet()
 
 
-def _short(reasons: list[str], length: int = 200) -> str:
+def short(reasons: list[str], length: int = 200) -> str:
+    """The first of a library's reasons, in one line."""
     reason = " ".join((reasons or ["it gives no reason"])[0].split())
     return reason if len(reason) <= length else reason[: length - 3] + "..."
+
+
+def tells_of_memory(reason: str) -> bool:
+    """Whether an error of TensorRT is that the device's memory does not do; an illegal access to it is another."""
+    return _MEMORY.search(reason) is not None
+
+
+def without_functions(model: bytes) -> bytes:
+    """A serialized ONNX model without the bodies of its functions (``ModelProto.functions``, field 25)."""
+    kept, position = [], 0
+    while position < len(model):
+        start = position
+        tag, position = _varint(model, position)
+        kind = tag & 7
+        if kind == 2:
+            length, position = _varint(model, position)
+            position += length
+        elif kind == 0:
+            _, position = _varint(model, position)
+        else:
+            position += {1: 8, 5: 4}[kind]
+        if tag >> 3 != 25:
+            kept.append(model[start:position])
+    return b"".join(kept)
+
+
+def _varint(content: bytes, position: int) -> tuple[int, int]:
+    """A number as protobuf writes it, and where the next thing begins."""
+    value = shift = 0
+    while True:
+        byte = content[position]
+        value |= (byte & 127) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 128:
+            return value, position
 
 
 # Storing --------------------------------------------------------------------------------------------------

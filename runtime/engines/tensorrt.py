@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jrs.errors import BackendError, OutOfMemoryError
+from jrs.errors import BackendError, JrsError, OutOfMemoryError, first_line
 from jrs.runtime.engines import plans
 from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, Value, graph_name
 from jrs.runtime.engines.cuda import CudaSession, DeviceArray, shared_session
@@ -30,27 +31,37 @@ class TensorRtEngine(Closing):
                 f"export one with jrs export --precision {options.precision}"
             )
         library = plans.import_library(self.backend)
-        trt: Any = library
         try:
             self._session: CudaSession = shared_session()
         except BackendError as error:
             raise BackendError(f"backend {self.backend}: {error}") from error
-        content = plans.ready_plan(library, graph, options.graph_precision)
-        self._graph, self._logger = graph, plans._make_logger(trt)
-        self._runtime = trt.Runtime(self._logger)
+        self._graph = graph
+        self._cuda_graphs: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._capturable = True
+        try:
+            self._open(library, plans.ready_plan(library, graph, options.graph_precision))
+        except JrsError:
+            raise
+        except Exception as error:  # with a driver that does not fit the bindings raise what they like
+            raise BackendError(
+                f"backend {self.backend}: {graph_name(graph)} cannot be opened ({first_line(error)})"
+            ) from error
+        self.info = EngineInfo(self.backend, self._session.device.name, options.graph_precision)
+
+    def _open(self, trt: Any, content: bytes) -> None:
+        self._logger = plans.make_logger(trt)
+        self._runtime: Any = trt.Runtime(self._logger)
         engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise self._failure("cannot be loaded")
         self._native: Any = self._make_context(trt, engine)
         if self._native is None:
             raise self._failure("has no execution context")
-        self._cuda_graphs: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self._shapes = {name: tuple(int(n) for n in engine.get_tensor_shape(name)) for name in names}
         inputs = trt.TensorIOMode.INPUT
         self._inputs = [name for name in names if engine.get_tensor_mode(name) == inputs]
         self._outputs = [name for name in names if engine.get_tensor_mode(name) != inputs]
-        self.info = EngineInfo(self.backend, self._session.device.name, options.graph_precision)
 
     def _make_context(self, trt: Any, engine: Any) -> Any:
         if not hasattr(engine, "create_runtime_config"):
@@ -68,12 +79,17 @@ class TensorRtEngine(Closing):
         return self
 
     def __exit__(self, *rest: Any) -> None:
-        """Release the engine and its CUDA graphs."""
+        """Release the engine and its CUDA graphs, when all that is queued has run."""
+        # Whatever the device's state: after an error all that is left is to let go.
+        with suppress(JrsError):
+            self._session.synchronize()
         for captured in self._cuda_graphs.values():
             if captured is not None:
-                self._session.call("cudaGraphExecDestroy", captured)
+                with suppress(JrsError):
+                    self._session.call("cudaGraphExecDestroy", captured)
         self._cuda_graphs.clear()
         super().__exit__(*rest)
+        self._runtime = None
 
     def __call__(self, inputs: Mapping[str, Value]) -> dict[str, Array]:
         """Run once."""
@@ -108,37 +124,49 @@ class TensorRtEngine(Closing):
 
     def _launch(self, addresses: tuple[int, ...]) -> None:
         """Queue the engine: at once the first time, captured the second, replayed from then on."""
-        cuda, stream = self._session.cuda, self._session.stream
         captured = self._cuda_graphs.get(addresses)
-        if captured is not None:
-            self._cuda_graphs.move_to_end(addresses)
-            self._session.call("cudaGraphLaunch", captured, stream)
-            return
-        if self._own_graphs or addresses not in self._cuda_graphs:
-            self._cuda_graphs[addresses] = None
+        if captured is None and addresses in self._cuda_graphs and self._capturable and not self._own_graphs:
+            captured = self._captured()
+        if captured is None:
             self._enqueue()
         else:
-            mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
-            self._session.call("cudaStreamBeginCapture", stream, mode)
-            try:
-                self._enqueue()
-            finally:
-                graph = self._session.call("cudaStreamEndCapture", stream)
-            self._cuda_graphs[addresses] = self._session.call("cudaGraphInstantiate", graph, 0)
-            self._session.call("cudaGraphDestroy", graph)
-            self._session.call("cudaGraphLaunch", self._cuda_graphs[addresses], stream)
+            self._session.call("cudaGraphLaunch", captured, self._session.stream)
+        self._cuda_graphs[addresses] = captured
+        self._cuda_graphs.move_to_end(addresses)
         while len(self._cuda_graphs) > _GRAPHS_KEPT:
             _, old = self._cuda_graphs.popitem(last=False)
             if old is not None:
                 self._session.call("cudaGraphExecDestroy", old)
 
+    def _captured(self) -> Any:
+        """A run of the engine as a CUDA graph; None if it cannot be captured, and then not tried again."""
+        call, stream = self._session.call, self._session.stream
+        mode = self._session.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+        call("cudaStreamBeginCapture", stream, mode)
+        graph = None
+        try:
+            try:
+                queued = self._native.execute_async_v3(stream)
+            finally:
+                graph = call("cudaStreamEndCapture", stream)
+            if queued:
+                return call("cudaGraphInstantiate", graph, 0)
+        except BackendError:
+            pass
+        finally:
+            if graph is not None:
+                call("cudaGraphDestroy", graph)
+        self._capturable = False
+        return None
+
     def _enqueue(self) -> None:
+        self._logger.errors.clear()
         if not self._native.execute_async_v3(self._session.stream):
             raise self._failure("failed")
 
     def _failure(self, what: str) -> BackendError | OutOfMemoryError:
-        reason = plans._short(self._logger.errors)
-        if "memory" in reason.lower():
+        reason = plans.short(self._logger.errors[-1:])
+        if plans.tells_of_memory(reason):
             return OutOfMemoryError(
                 f"{graph_name(self._graph)}: out of device memory; close other programs or use a smaller grid"
             )
