@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from jrs.bundle import Bundle
-from jrs.errors import JrsError
+from jrs.errors import JrsError, first_line
 from jrs.runtime.engines import all_backends, kernel, on_gpu, why_unavailable
 from jrs.runtime.engines.cuda import driver_version, visible_devices, why_no_device
 from jrs.runtime.selftest import run_selftest
@@ -182,33 +182,41 @@ def _torch_time(torch: Any, run: Callable[[], object], runs: int) -> float:
 
 
 def pytorch(bundle: Bundle, runs: int) -> None:
-    """Eager and compiled: encoder, both decoders and transformer of a case, the fixed codes kept."""
+    """Eager and compiled: all that a case takes, every pass and the moved image included, the fixed codes kept."""
     print("\n## PyTorch\n")
     torch = _cuda_torch()
     if torch is None:
         print("left out: no CUDA build of torch")
         return
     from jrs.models.checkpoint import load_checkpoint
+    from jrs.models.spatial import compose, warp
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     spec = bundle.manifest.model
     net = load_checkpoint(bundle.folder).network().eval().cuda()
     image = torch.randn(1, spec.architecture.in_channels, *spec.grid.shape, device="cuda")
 
-    def case(fixed: Any, encoder: Any = net.encoder) -> Any:
-        codes = encoder(image)
-        flow = net.flow(codes, fixed)
-        return net.segmentation(codes) if net.segmentation is not None else None, net.coordinates(flow)
+    def case(fixed: Any) -> Any:
+        codes = net.encoder(image)
+        probabilities = None if net.segmentation is None else net.segmentation(codes).softmax(dim=1)
+        coords = net.coordinates(net.flow(codes, fixed))
+        for _ in range(spec.passes - 1):
+            further = net.flow(net.encoder(warp(image, coords)), fixed)
+            coords = compose(coords, net.coordinates(further))
+        return probabilities, warp(image, coords)
 
     print("| | ms |\n|---|---|")
     with torch.no_grad():
         for name in ("eager", "compiled"):
             run = case if name == "eager" else torch.compile(case)
             for dtype in (None, torch.float16, torch.bfloat16):
-                with torch.autocast("cuda", dtype=dtype or torch.float16, enabled=dtype is not None):
-                    fixed = net.encoder(image)
-                    milliseconds = _torch_time(torch, lambda r=run, f=fixed: r(f), runs)  # type: ignore[misc]
-                print(f"| {name}, {str(dtype or torch.float32).removeprefix('torch.')} | {milliseconds:.2f} |")
+                try:
+                    with torch.autocast("cuda", dtype=dtype or torch.float16, enabled=dtype is not None):
+                        fixed = net.encoder(image)
+                        taken = f"{_torch_time(torch, lambda r=run, f=fixed: r(f), runs):.2f}"  # type: ignore[misc]
+                except Exception as error:  # the rest of the table is worth having
+                    taken = f"failed: {first_line(error)}"
+                print(f"| {name}, {str(dtype or torch.float32).removeprefix('torch.')} | {taken} |")
 
 
 def main() -> None:
