@@ -13,7 +13,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -132,8 +132,8 @@ class Runtime:
 class Context:
     """Doubles and adds one, from and to the addresses that it has when it is queued."""
 
-    def __init__(self, library: Library) -> None:
-        self.library, self.addresses = library, dict[str, int]()
+    def __init__(self, library: Library, config: RuntimeConfig | None = None) -> None:
+        self.library, self.addresses, self.config = library, dict[str, int](), config
 
     def set_tensor_address(self, name: str, address: int) -> None:
         self.addresses[name] = address
@@ -146,8 +146,38 @@ class Context:
             return False
         if runtime.capturing is not None and not self.library.capturable:
             return False
+        if self.config is not None:
+            self.config.cache.content = b"kernels"
         source, target = (_at(self.addresses[name]) for name in ("image", "code"))
         runtime.add(lambda: np.copyto(target, 2 * source + 1))
+        return True
+
+
+class RuntimeCache:
+    """TensorRT-RTX's cache of kernels that it has compiled."""
+
+    loaded: ClassVar[list[bytes]] = []
+
+    def __init__(self) -> None:
+        self.content = b""
+
+    def deserialize(self, content: bytes) -> bool:
+        self.loaded.append(content)
+        self.content = content
+        return content == b"kernels"
+
+    def serialize(self) -> memoryview:
+        return memoryview(self.content)
+
+
+class RuntimeConfig:
+    """TensorRT-RTX's choices for a context."""
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
         return True
 
 
@@ -171,6 +201,7 @@ class Library:
         self.error: str | None = None
         self.logger: Any = None
         self.loads: Any = True
+        self.compiles = False
 
     def Runtime(self, logger: Any) -> Any:
         self.logger = logger
@@ -183,12 +214,14 @@ class Library:
             self.logger.log(1, "the engine is of another version")
             return None
         names = ["image", "code"]
+        more = {"create_runtime_config": RuntimeConfig} if self.compiles else {}
         return SimpleNamespace(
+            **more,
             num_io_tensors=2,
             get_tensor_name=names.__getitem__,
             get_tensor_shape=lambda name: SHAPE,
             get_tensor_mode=names.index,
-            create_execution_context=lambda: Context(self),
+            create_execution_context=lambda *config: Context(self, *config),
         )
 
 
@@ -196,7 +229,8 @@ class Library:
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     made = Runtime()
     monkeypatch.setattr(bindings, "runtime", made, raising=False)
-    monkeypatch.setattr(cuda, "visible_devices", lambda: (Device("Simulated", (8, 7), 2**33),))
+    for module in (cuda, plans):
+        monkeypatch.setattr(module, "visible_devices", lambda: (Device("Simulated", (8, 7), 2**33),))
     monkeypatch.setattr(cuda, "_shared", None)
     return made
 
@@ -304,6 +338,32 @@ def test_leaving_a_device_that_failed_for_good(library: Library, runtime: Runtim
         with pytest.raises(BackendError, match="cudaErrorIllegalAddress"):
             engine({"image": image(0)})
     assert engine._native is None and not runtime.runs
+
+
+def test_kernels_compiled_while_running_are_kept(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.compiles = True
+    monkeypatch.setattr(RuntimeCache, "loaded", [])
+    graph = tmp_path / "encoder.onnx"
+    graph.write_bytes(b"graph")
+
+    def once() -> None:
+        with TensorRtEngine(graph, EngineOptions()) as engine:
+            np.testing.assert_array_equal(engine({"image": image(0)})["code"], 2 * image(0) + 1)
+
+    once()
+    (kept,) = (tmp_path / "engines").iterdir()
+    assert kept.suffix == ".cache" and RuntimeCache.loaded == []
+    stored = kept.read_bytes()
+    once()
+    assert RuntimeCache.loaded == [b"kernels"] and kept.read_bytes() == stored
+    kept.write_bytes(stored[:-1])  # damaged: never handed to the library
+    once()
+    assert RuntimeCache.loaded == [b"kernels"] and kept.read_bytes() == stored
+    library.__version__ = "11.5"  # another library's are another file
+    once()
+    assert len(list((tmp_path / "engines").iterdir())) == 2
 
 
 def test_inputs_that_do_not_fit(library: Library) -> None:

@@ -126,9 +126,7 @@ def _samples(backend: str) -> bool:
     """Whether a backend runs the transformer itself."""
     from jrs.runtime.engines import kernel, plans
 
-    return on_gpu(backend) and (
-        backend not in plans.LIBRARIES or kernel.can_sample(plans.import_library(backend))
-    )
+    return on_gpu(backend) and (backend not in plans.LIBRARIES or kernel.can_sample(plans.import_library(backend)))
 
 
 def open_engine(graph: Path, kind: str, backend: str, options: EngineOptions) -> Engine:

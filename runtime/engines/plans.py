@@ -15,12 +15,13 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jrs.errors import BackendError, OutOfMemoryError, UsageError, first_line
+from jrs.errors import BackendError, JrsError, OutOfMemoryError, UsageError, first_line
 from jrs.files import sha256_of, whole_file, write_json
 from jrs.resources import DATA
 from jrs.runtime.caching import ENGINES, cache_folder
@@ -330,6 +331,28 @@ def load_plan(folder: Path, key: PlanKey) -> bytes | None:
     if not isinstance(record, dict) or record.get("key") != asdict(key):
         return None
     return content if record.get("sha256") == hashlib.sha256(content).hexdigest() else None
+
+
+def kernels_file(library: ModuleType, graph: Path, precision: str) -> Path:
+    """Where the kernels that TensorRT-RTX compiles on this machine as it runs a graph are kept, beside its plans."""
+    key = plan_key(library, graph, precision, BuildOptions())
+    return (plan_folder(graph) / key.file).with_suffix(".cache")
+
+
+def load_kernels(path: Path) -> bytes | None:
+    """What ``store_kernels`` stored, its checksum verified; None if there is nothing to trust."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    checksum, kernels = content[:32], content[32:]
+    return kernels if hashlib.sha256(kernels).digest() == checksum else None
+
+
+def store_kernels(path: Path, kernels: bytes) -> None:
+    """Write compiled kernels behind their SHA-256; where nothing can be written they are compiled again."""
+    with suppress(JrsError, OSError), whole_file(path) as temporary:
+        temporary.write_bytes(hashlib.sha256(kernels).digest() + kernels)
 
 
 def ready_plan(library: ModuleType, graph: Path, precision: str, options: BuildOptions | None = None) -> bytes:

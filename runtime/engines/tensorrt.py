@@ -39,7 +39,7 @@ class TensorRtEngine(Closing):
         self._cuda_graphs: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self._capturable = True
         try:
-            self._open(library, plans.ready_plan(library, graph, options.graph_precision))
+            self._open(library, plans.ready_plan(library, graph, options.graph_precision), options.graph_precision)
         except JrsError:
             raise
         except Exception as error:  # with a driver that does not fit the bindings raise what they like
@@ -48,13 +48,13 @@ class TensorRtEngine(Closing):
             ) from error
         self.info = EngineInfo(self.backend, self._session.device.name, options.graph_precision)
 
-    def _open(self, trt: Any, content: bytes) -> None:
+    def _open(self, trt: Any, content: bytes, precision: str) -> None:
         self._logger = plans.make_logger(trt)
         self._runtime: Any = trt.Runtime(self._logger)
         engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise self._failure("cannot be loaded")
-        self._native: Any = self._make_context(trt, engine)
+        self._native: Any = self._make_context(trt, engine, precision)
         if self._native is None:
             raise self._failure("has no execution context")
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -63,7 +63,7 @@ class TensorRtEngine(Closing):
         self._inputs = [name for name in names if engine.get_tensor_mode(name) == inputs]
         self._outputs = [name for name in names if engine.get_tensor_mode(name) != inputs]
 
-    def _make_context(self, trt: Any, engine: Any) -> Any:
+    def _make_context(self, trt: Any, engine: Any, precision: str) -> Any:
         if not hasattr(engine, "create_runtime_config"):
             return engine.create_execution_context()
         config = engine.create_runtime_config()
@@ -71,8 +71,24 @@ class TensorRtEngine(Closing):
             # The library's own capture; ours is left out for it.
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._own_graphs = hasattr(trt, "CudaGraphStrategy")
+        if hasattr(config, "create_runtime_cache"):
+            # TensorRT-RTX compiles kernels as it runs, in every process again unless it is given those of the last.
+            file = plans.kernels_file(trt, self._graph, precision)
+            cache, known = config.create_runtime_cache(), plans.load_kernels(file)
+            if known is None or not cache.deserialize(known):
+                known = b""
+            config.set_runtime_cache(cache)
+            self._kernels = cache, known, file
         return engine.create_execution_context(config)
 
+    def _keep_kernels(self) -> None:
+        if self._kernels is not None:
+            cache, known, file = self._kernels
+            kernels = bytes(cache.serialize())
+            if kernels != known:
+                plans.store_kernels(file, kernels)
+
+    _kernels: tuple[Any, bytes, Path] | None = None
     _own_graphs = False
 
     def __enter__(self) -> TensorRtEngine:
@@ -83,6 +99,7 @@ class TensorRtEngine(Closing):
         # Whatever the device's state: after an error all that is left is to let go.
         with suppress(JrsError):
             self._session.synchronize()
+            self._keep_kernels()
         for captured in self._cuda_graphs.values():
             if captured is not None:
                 with suppress(JrsError):
