@@ -20,7 +20,7 @@ from jrs.geometry import FloatArray
 from jrs.resources import DATA
 from jrs.runtime.measures import KEPT_PERCENT
 from jrs.runtime.report_pictures import Array, Labels, Look, pictures
-from jrs.runtime.report_viewer import own_script, viewer
+from jrs.runtime.report_viewer import own_script
 from jrs.volume import Volume
 
 _REGIONS = {"WT": "Whole tumour", "TC": "Tumour core", "ET": "Enhancing tumour"}
@@ -138,30 +138,6 @@ def _items(values: Any) -> list[tuple[Any, Any]]:
     return list(values.items()) if isinstance(values, Mapping) else []
 
 
-def html_report(
-    report: Mapping[str, Any],
-    native: Volume,
-    native_labels: Labels | None,
-    fixed: Volume,
-    moved: Array,
-    moved_labels: Labels | None,
-    field: DisplacementField | None,
-    affine: FloatArray,
-    modality: str,
-    jacobian: Array | None = None,
-    interactive: bool = True,
-) -> str:
-    """The page about one case, as HTML that needs nothing else.
-
-    ``report`` is the content of ``<case>_report.json``. ``native`` is the case's ``modality`` with its
-    ``native_labels`` (BraTS: 1, 2, and 3 or 4); ``moved``, ``moved_labels`` and ``jacobian``, the determinant of
-    the total transform, lie on the grid of ``fixed``. ``field`` is the total displacement d(x) = A(x + u(x)) - x,
-    RAS mm, and ``affine`` is A (4x4). ``interactive``: with the viewer and its volumes.
-    """
-    drawn = drawings(native, native_labels, fixed, moved, moved_labels, field, affine, modality, jacobian)
-    return page(report, affine, drawn, viewer(fixed, moved, moved_labels, jacobian, affine) if interactive else "")
-
-
 def drawings(
     native: Volume,
     native_labels: Labels | None,
@@ -173,7 +149,12 @@ def drawings(
     modality: str,
     jacobian: Array | None = None,
 ) -> str:
-    """The page's pictures, of what `html_report` takes."""
+    """The page's pictures.
+
+    ``native`` is the case's ``modality`` with its ``native_labels`` (BraTS: 1, 2, and 3 or 4); ``moved``,
+    ``moved_labels`` and ``jacobian``, the determinant of the total transform, lie on the grid of ``fixed``.
+    ``field`` is the total displacement d(x) = A(x + u(x)) - x, RAS mm, and ``affine`` is A (4x4).
+    """
     looks = {"case": Look(native, native_labels), "atlas": Look(fixed, moved_labels)}
     looks["moved"] = Look(Volume(moved, fixed.geometry), moved_labels)
     map_ = None if jacobian is None else Volume(jacobian, fixed.geometry)
@@ -181,7 +162,11 @@ def drawings(
 
 
 def page(report: Mapping[str, Any], affine: FloatArray, drawn: str, shown: str) -> str:
-    """The page from the parts that take long, which can be made side by side: ``drawings`` and the ``viewer``."""
+    """The page about one case, as HTML that needs nothing else.
+
+    ``report`` is the content of ``<case>_report.json``; ``drawn`` (``drawings``) and ``shown`` (``viewer``, or nothing)
+    are the parts that take long, and can be made side by side.
+    """
     affine = np.asarray(affine, dtype=np.float64)
     title = " on ".join(_html(report.get(key)) for key in ("case", "atlas"))
     items = "".join(f"<li>{_html(warning)}</li>" for warning in report.get("warnings") or ())

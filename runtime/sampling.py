@@ -7,6 +7,7 @@ half a voxel outside the image takes the value ``outside``, as in ITK; ``outside
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,6 +50,11 @@ def _session() -> Any:
 @lru_cache(maxsize=2)
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="jrs-sample")
+
+
+if hasattr(os, "register_at_fork"):
+    # Threads do not live on in a forked process, which would wait for them for ever.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def in_threads(work: Callable[[int, int], None], count: int, threads: int | None, points: int) -> None:

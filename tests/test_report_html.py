@@ -16,8 +16,8 @@ from PIL import Image
 
 from jrs.fields import DisplacementField
 from jrs.geometry import FloatArray, Geometry, apply_affine
+from jrs.runtime import report_html
 from jrs.runtime.measures import volume_verdict
-from jrs.runtime.report_html import html_report
 from jrs.runtime.report_pictures import CHECK_MM, CLASSES, GRID_MM, Sparse, _closed
 from jrs.volume import Volume
 
@@ -88,10 +88,10 @@ class Inputs:
     affine: FloatArray
     modality: str = "t1"
     jacobian: npt.NDArray[np.float32] | None = None
-    interactive: bool = False
 
     def page(self) -> Page:
-        text = html_report(*self.__dict__.values())
+        report, *others = self.__dict__.values()
+        text = report_html.page(report, self.affine, report_html.drawings(*others), "")
         parser = Page(text)
         parser.feed(text)
         parser.close()

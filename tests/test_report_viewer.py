@@ -19,7 +19,8 @@ import pytest
 from jrs.fields import DisplacementField
 from jrs.geometry import Geometry
 from jrs.resources import DATA
-from jrs.runtime.report_html import html_report
+from jrs.runtime import report_html
+from jrs.runtime.report_html import drawings
 from jrs.runtime.report_viewer import NIIVUE, SPACING_MM, viewer, viewer_grid
 from jrs.volume import Volume
 
@@ -144,10 +145,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "volume_verdict": {"answer": "kept", "kept_percent": 99.0, "text": "No: it is there."},
     }
     native = Volume(image(at), where)
-    text = html_report(
-        *(report, native, labels(at), native, image(at), labels(at), DisplacementField(d, where), np.eye(4), "t1"),
-        jacobian=np.full(where.shape, 1.2, dtype=np.float32),
-    )
+    jacobian = np.full(where.shape, 1.2, dtype=np.float32)
+    on_the_atlas = native, image(at), labels(at)
+    drawn = drawings(native, labels(at), *on_the_atlas, DisplacementField(d, where), np.eye(4), "t1", jacobian)
+    text = report_html.page(report, np.eye(4), drawn, viewer(*on_the_atlas, jacobian, np.eye(4)))
     assert len(text) < 15_000_000
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(text, encoding="utf-8")

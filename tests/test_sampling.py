@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import nibabel as nib
@@ -268,3 +271,20 @@ def test_the_shipped_graph_is_the_exporters() -> None:
     assert shipped.graph == built.graph
     assert list(shipped.functions) == list(built.functions)
     assert list(shipped.opset_import) == list(built.opset_import)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    """As the workers of a data loader are, after their parent has sampled in threads."""
+    code = (
+        "import os, numpy as np\n"
+        "from jrs.runtime.sampling import Sampled\n"
+        "image, where = np.ones((1, 40, 40, 40), np.float32), np.full((3, 60000), 7.0, np.float32)\n"
+        "once = lambda: Sampled(image, 2).at(where).mean()\n"
+        "assert once() == 1.0\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os._exit(int(once() == 1.0))\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 1)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
