@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -134,6 +134,10 @@ def level_grids(moving: Volume, fixed: Volume, orientation: str) -> tuple[Geomet
         a, b, c = (2 * int(np.ceil(extent[axis] / (2.0 * spacing))) for axis in axes)
         grids.append(Geometry.aligned((a, b, c), (spacing,) * 3, center, orientation))
     return tuple(reversed(grids))
+
+
+def _first_modality(image: Pyramid) -> Pyramid:
+    return replace(image, images=tuple(data[:, :1] for data in image.images), modalities=image.modalities[:1])
 
 
 def _halved(grid: Geometry) -> Geometry:
@@ -307,11 +311,12 @@ class Refiner:
     ) -> tuple[DisplacementField, int] | None:
         """What the coarse level makes of the affine alone, and its iterations, if that tells the images as one head's.
 
-        In a number of iterations of its own, so that what is one head's does not depend on what was asked for.
+        In a number of iterations of its own, so that what is one head's does not depend on what was asked for, and on
+        the first modality alone, which takes a share of the time.
         """
         if len(fixed.grids) < 2:
             return None
-        climb = partial(self._climb, level_by, moving, fixed)
+        climb = partial(self._climb, level_by, _first_modality(moving), _first_modality(fixed))
         coarse, smooth, *_ = _ONE_HEADS
         finer = _TWO_HEADS[1]
         grids = fixed.grids
