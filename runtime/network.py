@@ -25,6 +25,7 @@ from jrs.runtime.engines import (
     fallbacks,
     hosted,
     on_gpu,
+    on_host,
     open_engine,
     why_unavailable,
 )
@@ -155,30 +156,30 @@ class Network:
 
         After the first, the moved image is encoded and registered again: u(x) = v(x) + u_before(x + v(x)).
         """
-        found = self._register_once(image, moving, fixed)
+        displacement, moved = self._register_once(image, moving, fixed)
         for _ in range(self.bundle.manifest.model.passes - 1):
-            further = self._register_once(found.moved, self.encode(found.moved), fixed).displacement
-            displacement = further + self._pulled(found.displacement, further)
-            found = Registered(self._pulled(image, displacement), displacement)
-        return found
+            between = self._pulled(image, displacement) if moved is None else moved
+            further, _ = self._register_once(between, self._keep("encoder", {"image": between}), fixed)
+            displacement, moved = further + self._pulled(displacement, further), None
+        return Registered(self._pulled(image, displacement) if moved is None else on_host(moved), displacement)
 
-    def _register_once(self, image: Array, moving: Codes, fixed: Codes) -> Registered:
+    def _register_once(self, image: Value, moving: Codes, fixed: Codes) -> tuple[Array, Value | None]:
+        """One pass's displacement, and ``image`` moved by it where the transformer makes both, as a GPU's does."""
         inputs = {f"moving_{name}": code for name, code in moving.items()}
         inputs |= {f"fixed_{name}": code for name, code in fixed.items()}
         flow = self._keep("registration", inputs)["flow"]
         if self._flow_moves:
-            displacement = hosted({"flow": flow})["flow"]
+            displacement = on_host(flow)
             if origin := self.bundle.manifest.model.architecture.grid_origin:
                 displacement = displacement + np.float32(origin)
-        else:
-            feeds = {"image": image, "flow": flow}
-            transformer = None if on_gpu(self.backend) else self._engine("transformer")
-            if not isinstance(transformer, OnnxRuntimeEngine) or not native.available():
-                result = self._run("transformer", feeds)
-                return Registered(result["moved"], result["displacement"])
-            displacement = transformer.only(["displacement"], feeds)["displacement"]
-        # The compiled sampler is several times faster than ONNX Runtime's, which shares work by channel alone.
-        return Registered(self._pulled(image, displacement), displacement)
+            return displacement, None
+        feeds = {"image": image, "flow": flow}
+        transformer = None if on_gpu(self.backend) else self._engine("transformer")
+        if isinstance(transformer, OnnxRuntimeEngine) and native.available():
+            # The compiled sampler is several times faster than ONNX Runtime's, which shares work by channel alone.
+            return transformer.only(["displacement"], feeds)["displacement"], None
+        result = self._keep("transformer", feeds)
+        return on_host(result["displacement"]), result["moved"]
 
     def _pulled(self, volume: Array, displacement: Array) -> Array:
         """``volume`` (1,C,X,Y,Z) sampled at x + ``displacement`` (1,3,X,Y,Z), voxels, the border repeated outside."""

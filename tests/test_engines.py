@@ -8,6 +8,7 @@ import sys
 import types
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -391,6 +392,34 @@ def full_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "_ON_GPU", ("full",))
     monkeypatch.setattr(engines, "why_unavailable", lambda name: None if name in ("full", *BACKENDS) else "not here")
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__, types.SimpleNamespace(FullDevice=FullDevice)))
+
+
+class KeepingDevice(FullDevice):
+    """A GPU backend that works: what comes out of a graph is shown only when it is asked for."""
+
+    def keep(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: Handle(array) for name, array in self.engine(inputs).items()}
+
+
+def test_several_passes_on_a_device(full_device: None, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image that the first pass moved goes back into the encoder as the device holds it."""
+    from jrs.bundle import Bundle
+    from jrs.runtime.network import Network
+
+    monkeypatch.setattr(engines, "_BACKENDS", {**engines._BACKENDS, "full": ("numpy", __name__, "KeepingDevice")})
+    monkeypatch.setattr(sys.modules[__name__], "KeepingDevice", KeepingDevice, raising=False)
+    bundle = Bundle.open(tiny_bundle)
+    manifest = replace(bundle.manifest, model=replace(bundle.manifest.model, passes=3))
+    bundle = replace(bundle, manifest=manifest)
+    moving, fixed = (np.random.default_rng(k).normal(size=(1, 4, 32, 32, 32)).astype(np.float32) for k in (0, 1))
+    found = []
+    for backend in ("ort-cpu", "full"):
+        with Network(bundle, backend, "fp32", 1) as network:
+            found.append(network.register(moving, network.encode(moving), network.encode(fixed)))
+    want, got = found
+    assert type(got.moved) is type(got.displacement) is np.ndarray and np.abs(want.displacement).max() > 0.1
+    np.testing.assert_allclose(got.displacement, want.displacement, atol=2e-3)
+    np.testing.assert_allclose(got.moved, want.moved, atol=5e-3)
 
 
 def test_auto_goes_on_with_the_next_library_then_the_cpu(

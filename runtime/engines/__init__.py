@@ -10,7 +10,17 @@ import importlib.util
 from pathlib import Path
 
 from jrs.errors import BackendError, UsageError
-from jrs.runtime.engines.base import Array, ChannelsLast, Engine, EngineInfo, EngineOptions, Held, Value, hosted
+from jrs.runtime.engines.base import (
+    Array,
+    ChannelsLast,
+    Engine,
+    EngineInfo,
+    EngineOptions,
+    Held,
+    Value,
+    hosted,
+    on_host,
+)
 
 __all__ = [
     "Array",
@@ -26,6 +36,7 @@ __all__ = [
     "fallbacks",
     "hosted",
     "on_gpu",
+    "on_host",
     "open_engine",
     "why_unavailable",
 ]
