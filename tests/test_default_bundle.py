@@ -84,9 +84,11 @@ def test_a_backend_agrees_with_pytorch(backend: str, images: tuple, reference: A
     assert (labels == reference[1]).mean() > (0.9999 if backend == "ort-cpu" else 0.995)
 
 
-def test_fp16_agrees_with_fp32(half: Path, images: tuple, reference: Answer) -> None:
+@pytest.mark.parametrize("backend", ["ort-cpu", "openvino"])
+def test_fp16_agrees_with_fp32(backend: str, half: Path, images: tuple, reference: Answer) -> None:
     """Field within 0.05 voxel everywhere, labels equal in 99.5 % of voxels; graphs of half the size."""
-    with Network(Bundle.open(half), "ort-cpu") as network:
+    pytest.importorskip({"ort-cpu": "onnxruntime"}.get(backend, backend))
+    with Network(Bundle.open(half), backend, "fp32") as network:
         displacement, labels = answer(network, images)
     assert np.abs(displacement - reference[0]).max() < 0.05
     assert (labels == reference[1]).mean() >= 0.995

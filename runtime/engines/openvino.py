@@ -51,6 +51,9 @@ class OpenVinoEngine(Closing):
             model = core.read_model(str(graph))
             average_in_blocks(model)
             model = codes_last(model, getattr(openvino.Type, _TYPES[options.codes]))
+            # As the graph has them: compiled, a port also bears the names of what was folded into it.
+            self._inputs = [parameter.get_friendly_name() for parameter in model.get_parameters()]
+            self._outputs = [port.get_any_name() for port in model.outputs]
             self._native: Any = core.compile_model(model, "CPU", settings)
         except Exception as error:
             raise BackendError(f"backend openvino: cannot compile {graph_name(graph)} ({last_line(error)})") from error
@@ -63,10 +66,10 @@ class OpenVinoEngine(Closing):
     def keep(self, inputs: Mapping[str, Value]) -> dict[str, Value]:
         """Run once; codes stay in the layout and precision in which the next graph takes them."""
         try:
-            feeds = [_fed(inputs[port.get_any_name()], port) for port in self._native.inputs]
+            ports = zip(self._inputs, self._native.inputs, strict=True)
+            feeds = [_fed(name, inputs[name], port) for name, port in ports]
             results = [np.empty(tuple(port.shape), _dtype(port)) for port in self._native.outputs]
             self._infer(feeds, results)
-            names = [port.get_any_name() for port in self._native.outputs]
         except Exception as error:
             reason = last_line(error)
             if "alloc" in reason.lower() or "memory" in reason.lower():
@@ -74,7 +77,7 @@ class OpenVinoEngine(Closing):
                     f"{graph_name(self._graph)}: out of memory; close other programs or use a smaller grid"
                 ) from error
             raise BackendError(f"backend openvino: {graph_name(self._graph)} failed ({reason})") from error
-        return {n: _named(n, result) for n, result in zip(names, results, strict=True)}
+        return {n: _named(n, result) for n, result in zip(self._outputs, results, strict=True)}
 
     def __call__(self, inputs: Mapping[str, Value]) -> dict[str, Array]:
         """Run once."""
@@ -92,16 +95,16 @@ class OpenVinoEngine(Closing):
             self._native.release_memory()
 
 
-def _fed(value: Value, port: Any) -> npt.NDArray[Any]:
+def _fed(name: str, value: Value, port: Any) -> npt.NDArray[Any]:
     dtype = _dtype(port)
-    if is_code(port.get_any_name()):
+    if is_code(name):
         if not (isinstance(value, ChannelsLast) and value.data.dtype == dtype):
             value = ChannelsLast.of(on_host(value), dtype)
         array = value.data
     else:
         array = on_host(value)
     if array.shape != tuple(port.shape):  # memory is handed over as it is, and nothing further on looks
-        raise ValueError(f"{port.get_any_name()}: {array.shape} where {tuple(port.shape)} belongs")
+        raise ValueError(f"{name}: {array.shape} where {tuple(port.shape)} belongs")
     # Writeable, because OpenVINO takes nothing else; it writes to no input.
     return np.require(array, dtype, ("C", "W"))
 
