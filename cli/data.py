@@ -174,6 +174,8 @@ def _store_splits(
     try:
         splits = settle_splits(cases, whose, seed, shares, given=given, stored=out / SPLITS)
     except ConfigurationError as error:
+        if shares[1] > 0.0:  # or training would draw splits of its own, from the cases to be kept from it
+            raise ConfigurationError(f"{error}; the cases are prepared, but none is kept for testing") from error
         # The cases are prepared all the same: with a validation folder or more cases they can be trained on.
         note(f"no splits: {error}")
         return ""

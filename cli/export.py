@@ -100,7 +100,7 @@ def import_weights(
     file: Annotated[Path, typer.Argument(help="The authors' Keras weights (.h5).")],
     out: Annotated[Path, typer.Option("--out", help="Checkpoint to write (.safetensors).")],
     merge: Annotated[
-        str | None, typer.Option("--merge", help="subtract or add, for a wrapped file that does not say.")
+        str | None, typer.Option("--merge", help="subtract, add or concatenate, for a wrapped file that does not say.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:

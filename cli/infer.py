@@ -15,7 +15,7 @@ from jrs.runtime import DEFAULT_ITERATIONS
 def infer(
     case: Annotated[
         Path | None,
-        typer.Argument(help="Folder with BraTS names, a 3-D file (T1 unless --modality) or a 4-D file."),
+        typer.Argument(help="Folder with BraTS or BIDS names, a 3-D file (what its name says, else T1) or a 4-D file."),
     ] = None,
     atlas: Annotated[
         str, typer.Option("--atlas", help="Fixed image: sri24 (ships with jrs), a file or a folder.")
@@ -68,6 +68,8 @@ def infer(
     """Register a case to an atlas and segment its tumour."""
     named = {"t1": t1, "t1ce": t1ce, "t2": t2, "flair": flair}
     modalities = {name: path for name, path in named.items() if path is not None}
+    if not atlas:
+        raise UsageError("--atlas is empty; name sri24, a file or a folder")
     if case is None and not modalities:
         raise UsageError("no case given; name a folder, a file, or files with --t1, --t1ce, --t2, --flair")
     from jrs.runtime.pipeline import InferOptions, Pipeline

@@ -81,6 +81,8 @@ def run(arguments: list[str]) -> int:
         return _fail(f"{error.filename or 'I/O'}: {error.strerror or error}", 74 if error.errno == errno.ENOSPC else 70)
     except Exception as error:
         return _other(error)
+    if result == 130:  # some versions of Typer take the interrupt for an end
+        return _fail("interrupted", 130)
     return result if isinstance(result, int) else 0
 
 
@@ -98,7 +100,8 @@ def _other(error: Exception) -> int:
     if os.environ.get("JRS_DEBUG"):
         raise error
     if isinstance(error, ImportError):
-        return _fail(f"package {error.name or error} is not installed; pip install 'jrs[train]' brings it", 69)
+        extra = "evaluate" if error.name in ("scipy", "matplotlib") else "train"
+        return _fail(f"package {error.name or error} is not installed; pip install 'jrs[{extra}]' brings it", 69)
     reason = (str(error).strip().splitlines() or ["no reason given"])[0]
     return _fail(f"internal error, {kind}: {reason}; please report it, with the traceback that JRS_DEBUG=1 shows", 70)
 

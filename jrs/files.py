@@ -113,6 +113,7 @@ def whole_set(folder: Path, names: list[str], stale: list[str], overwrite: bool 
         raise _cannot_write(folder, error) from error
     try:
         yield temporary
+        refuse_existing(folder, names, overwrite)  # another process may have been faster
         written = sorted(temporary.iterdir())
         for file in written:
             file.replace(folder / file.name)

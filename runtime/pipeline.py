@@ -160,7 +160,8 @@ class Pipeline:
         path = atlas_path(atlas)
         label = atlas_label(path, str(atlas) if path != Path(atlas) else None)
         scheme, values = label_scheme(spec.label_values, options.label_scheme)
-        self.network.open_ahead(_graphs(options, spec.architecture.segmentation))
+        segments = options.segment and spec.architecture.segmentation
+        self.network.open_ahead(_graphs(segments))
         with clock.stage("read_case"):
             moving = load_case(
                 case,
@@ -176,7 +177,7 @@ class Pipeline:
             there = [names.report_json, names.field]
             refuse_existing(names.folder(options.keep_clear_of), there, overwrite=False)
         fixed = self._fixed.get(path, label, clock.stage)
-        warnings = [*fixed.notes, *_notes(moving, spec.channels)]
+        warnings = [*fixed.notes, *_notes(moving, spec.channels, segments)]
         with clock.stage("affine"):
             affine, quality, doubts = self._affine(moving, fixed, options.affine)
             warnings += doubts
@@ -187,7 +188,7 @@ class Pipeline:
         with clock.stage("encode_atlas"):
             both = codes, fixed.codes  # while the encoder is open
         probabilities = None
-        if options.segment and spec.architecture.segmentation:
+        if segments:
             with clock.stage("segmentation"):
                 probabilities, note = self._segmented(codes, inputs)
             warnings += note
@@ -337,9 +338,9 @@ class Pipeline:
         return matrix, quality, () if warning is None else (warning,)
 
 
-def _graphs(options: InferOptions, segments: bool) -> list[str]:
+def _graphs(segments: bool) -> list[str]:
     """The graphs that a case needs, in the order it needs them."""
-    return ["encoder", *(["segmentation"] if options.segment and segments else []), "registration", "transformer"]
+    return ["encoder", *(["segmentation"] if segments else []), "registration", "transformer"]
 
 
 def _moved_again(images: Array, displacement: DisplacementField, grid: Geometry, threads: int | None) -> Array:
@@ -366,10 +367,10 @@ def _native_labels(sampler: LabelSampler, native: Geometry) -> npt.NDArray[np.ui
     return np.ascontiguousarray(order.undo(sampler.native(grid)))
 
 
-def _notes(case: Case, channels: Sequence[str]) -> list[str]:
+def _notes(case: Case, channels: Sequence[str], segments: bool) -> list[str]:
     notes = [f"{name}: {note}" for name, volume in case.images.items() for note in volume.notes]
     missing = [channel for channel in channels if channel not in case.images]
-    if missing:
+    if missing and segments:
         notes.append(f"without {', '.join(missing)} the segmentation is less certain")
     unused = [name for name in case.images if name not in channels]
     if unused:

@@ -68,7 +68,7 @@ def _sampler(
         return _bspline(volume, outside, threads)
     if volume.dtype.kind in "iu":
         limits = np.iinfo(volume.dtype)
-        if outside != int(outside) or not limits.min <= outside <= limits.max:
+        if not (limits.min <= outside <= limits.max and outside == int(outside)):
             raise UsageError(f"--outside {outside:g}: is no {volume.dtype} value; give one that the image can hold")
         outside = int(outside)
     choose = sample_nearest if interpolation == "nearest" else sample_labels

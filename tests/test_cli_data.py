@@ -149,6 +149,15 @@ def test_prepare_and_prepare_again(place: Place, capsys: pytest.CaptureFixture[s
     assert json.loads((place.root / "cache" / "splits.json").read_text()) == splits
 
 
+def test_a_test_share_that_cannot_be_kept_is_an_error(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training would draw splits of its own, and use the cases that were to be kept from it."""
+    assert place.prepare("--test-share", "0.9") == 78
+    assert "kept for testing" in capsys.readouterr().err
+    assert not (place.root / "cache" / "splits.json").exists()
+    assert place.prepare("--validation-share", "0.9") == 0
+    assert "no splits" in capsys.readouterr().err
+
+
 def test_a_bad_case_is_named_and_the_others_are_prepared(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     cut(place.image(1, 0, "t1n"))
     assert place.prepare("--workers", "2") == 1

@@ -213,6 +213,16 @@ def test_bids_sessions_and_derivatives(tmp_path: Path) -> None:
     assert (second.name, second.subject) == ("sub-01_ses-b", "sub-01")
 
 
+def test_what_jrs_itself_segmented_is_no_truth(tmp_path: Path) -> None:
+    label = "derivatives/jrs/sub-01/anat/sub-01_seg-tumor_dseg"
+    touch(tmp_path, "dataset_description.json", "sub-01/anat/sub-01_T1w.nii.gz", f"{label}.nii.gz")
+    assert only(tmp_path).segmentation == ImageFile(tmp_path / f"{label}.nii.gz")
+    for made_by, known in (("a rater", True), ("jrs", False)):
+        sidecar = {"Manual": made_by != "jrs", "GeneratedBy": [{"Name": made_by}]}
+        (tmp_path / f"{label}.json").write_text(json.dumps(sidecar), encoding="utf-8")
+        assert (only(tmp_path).segmentation is not None) is known
+
+
 def test_tissues_of_fmriprep_are_no_tumour(tmp_path: Path) -> None:
     touch(tmp_path, "sub-01/anat/sub-01_T1w.nii.gz", "derivatives/fmriprep/sub-01/anat/sub-01_dseg.nii.gz")
     assert only(tmp_path).segmentation is None

@@ -302,6 +302,14 @@ def test_an_existing_file_of_a_set_is_refused_before_the_work(tmp_path: Path) ->
     assert tree(folder) == {"b": "old"}
 
 
+def test_a_set_that_another_process_wrote_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(CannotCreateError, match="--overwrite"), whole_set(tmp_path / "case", ["a", "b"], []) as mine:
+        fill(mine, a="mine", b="mine")
+        with whole_set(tmp_path / "case", ["a", "b"], []) as theirs:
+            fill(theirs, a="theirs", b="theirs")
+    assert tree(tmp_path / "case") == {"a": "theirs", "b": "theirs"}
+
+
 def test_a_set_goes_beside_files_of_others(tmp_path: Path) -> None:
     folder = fill(tmp_path / "case", other="kept")
     with whole_set(folder, ["a"], ["stale"]) as temporary:

@@ -572,6 +572,8 @@ def test_modalities_may_lie_on_grids_of_their_own(
 def test_a_missing_modality_is_a_warning(quick: Callable[..., Result], tmp_path: Path) -> None:
     result = quick(modality="t1")
     assert any("t1ce, t2, flair" in warning for warning in result.warnings)
+    without = quick(modality="t1", segment=False)
+    assert not any("segmentation" in warning for warning in without.warnings)
     folder = result.save(tmp_path)
     moved = {path.name for path in folder.glob("*desc-moved*.nii.gz")}
     assert moved == {MOVED["t1"]}

@@ -5,6 +5,7 @@ The header's ``jrs`` entry holds the format version, the ``ModelSpec`` and a tra
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from jrs.bundle import MANIFEST, Bundle
-from jrs.errors import ConfigurationError, MissingInputError, last_line
+from jrs.errors import ConfigurationError, MissingInputError, first_line, last_line
 from jrs.files import whole_file
 from jrs.manifest import ModelSpec
 from jrs.models.network import JointNet
@@ -54,6 +55,7 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {_MODEL + name: value.detach().cpu().contiguous() for name, value in self.weights.items()}
@@ -64,7 +66,11 @@ class Checkpoint:
             "training": encode(self.training),
         }
         with whole_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"jrs": json.dumps(header)})
+            try:
+                save_file(tensors, temporary, metadata={"jrs": json.dumps(header)})
+            except SafetensorError as error:  # of the disk it says the reason in words alone
+                full = "space" in str(error).lower() or "os error 28" in str(error).lower()
+                raise OSError(errno.ENOSPC if full else errno.EIO, first_line(error), str(path)) from error
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
