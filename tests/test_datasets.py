@@ -223,6 +223,16 @@ def test_what_jrs_itself_segmented_is_no_truth(tmp_path: Path) -> None:
         assert (only(tmp_path).segmentation is not None) is known
 
 
+def test_what_jrs_wrote_beside_a_case_is_none(tmp_path: Path) -> None:
+    """As ``--out`` makes it that names the folder of the cases."""
+    made = ("seg-tumor_dseg", "space-sri24_desc-moved_T1w")
+    touch(tmp_path, "A/A_t1.nii.gz", "A/A_flair.nii.gz", *(f"A/A_{name}.nii.gz" for name in made))
+    for name in made:
+        (tmp_path / f"A/A_{name}.json").write_text('{"GeneratedBy": [{"Name": "jrs"}]}', encoding="utf-8")
+    case = only(tmp_path)
+    assert case.name == "A" and set(case.images) == {"t1", "flair"} and case.segmentation is None
+
+
 def test_tissues_of_fmriprep_are_no_tumour(tmp_path: Path) -> None:
     touch(tmp_path, "sub-01/anat/sub-01_T1w.nii.gz", "derivatives/fmriprep/sub-01/anat/sub-01_dseg.nii.gz")
     assert only(tmp_path).segmentation is None

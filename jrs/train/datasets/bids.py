@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from jrs.manifest import MODALITIES
 from jrs.runtime.cases import IMAGE_FILE, split_name
 from jrs.train.datasets.case import ImageFile, TrainingCase
-from jrs.train.datasets.walk import folders_below, stem_of
+from jrs.train.datasets.walk import folders_below, made_by_jrs, stem_of
 
 _NATIVE = (None, "orig", "T1w", "native")  # spaces of a derivative that are the raw images' own
 _TUMOR = re.compile(r"tumou?r|lesion|glioma|brats|metasta", re.IGNORECASE)
@@ -47,21 +46,12 @@ def find(folder: Path) -> list[TrainingCase]:
     for found in _images(folder):
         modality = split_name(found.path.name)[1]
         if stem_of(found.path.name).endswith("_dseg"):
-            if not _made_by_jrs(found.path):
+            if not made_by_jrs(found.path):
                 labels.setdefault(found.session, []).append(found)
         elif modality is not None and not found.pipeline:
             images.setdefault(found.session, {}).setdefault(modality, []).append(found)
     cases = [_case(session, images[session], labels.get(session, [])) for session in images]
     return sorted(cases, key=lambda case: case.name)
-
-
-def _made_by_jrs(labels: Path) -> bool:
-    """Whether a label map is what ``jrs infer`` made of the images, by its sidecar: no truth to learn from."""
-    try:
-        sidecar = json.loads((labels.parent / f"{stem_of(labels.name)}.json").read_text(encoding="utf-8"))
-        return any(made["Name"] == "jrs" for made in sidecar["GeneratedBy"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _images(folder: Path) -> list[_Image]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from jrs.manifest import MODALITIES
 from jrs.runtime.cases import IMAGE_FILE, split_name
 from jrs.train.datasets.case import BACKGROUND, BRATS_CLASSES, CORE, EDEMA, ENHANCING, ImageFile, TrainingCase
-from jrs.train.datasets.walk import folders_below, stem_of
+from jrs.train.datasets.walk import folders_below, made_by_jrs, stem_of
 
 _SINCE_2023 = {1: CORE, 2: EDEMA, 3: ENHANCING}
 _LANDMARKS = "_landmarks.csv"
@@ -78,7 +78,7 @@ def _group(folder: Path, names: list[str]) -> dict[str, _Files]:
     """The files of one folder by case: BraTS-Reg keeps two sessions in one folder, others all cases."""
     groups: dict[str, _Files] = {}
     others: list[str] = []
-    for name in names:
+    for name in (name for name in names if not made_by_jrs(folder / name)):
         stem, modality = split_name(name) if IMAGE_FILE.search(name) else (name, None)
         if modality is not None and stem:
             _add(groups.setdefault(stem, _Files()), modality, folder / name)

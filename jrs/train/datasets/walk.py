@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,3 +41,12 @@ def first_image(folder: Path, names: list[str], *stems: str) -> Path | None:
     """The image whose name without its ending is one of ``stems``, the first of them that is there."""
     by_stem = {stem_of(name): name for name in reversed(names) if IMAGE_FILE.search(name)}
     return next((folder / by_stem[stem] for stem in stems if stem in by_stem), None)
+
+
+def made_by_jrs(image: Path) -> bool:
+    """Whether a file is what ``jrs infer`` made of images, by its sidecar: nothing to learn from."""
+    try:
+        sidecar = json.loads((image.parent / f"{stem_of(image.name)}.json").read_text(encoding="utf-8"))
+        return any(made["Name"] == "jrs" for made in sidecar["GeneratedBy"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
