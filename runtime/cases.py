@@ -34,6 +34,7 @@ _MODALITY_OF = {ending: modality for modality, endings in ENDINGS.items() for en
 IMAGE_FILE = re.compile(r"\.(nii|nii\.gz|mgz)$", re.IGNORECASE)
 """How the name of an image ends that a folder is searched for."""
 _ANY_IMAGE = re.compile(r"\.(nii|mgz|mgh|hdr|img)(\.gz)?$", re.IGNORECASE)
+_MOVED = "_desc-moved_"
 _LONGEST_NAME = 120  # bytes: output names add up to about 80, file systems take 255
 
 
@@ -53,7 +54,7 @@ class Case:
 def find_case(folder: Path | str) -> dict[str, Path]:
     """The image file of each modality in a folder, in the order of `MODALITIES`.
 
-    Segmentations, masks and whatever else has no known ending are ignored.
+    Segmentations, masks and whatever else has no known ending are ignored, and so are moved images beside their sources.
     Raises MissingInputError if there is none, UsageError if two files claim one modality.
     """
     folder = Path(folder)
@@ -64,7 +65,11 @@ def find_case(folder: Path | str) -> dict[str, Path]:
         # Hidden files: macOS leaves ._ twins of every image on foreign disks.
         if modality is None or name.startswith(".") or not IMAGE_FILE.search(name) or not is_file:
             continue
-        if modality in found:
+        if modality in found and (_MOVED in name) != (_MOVED in found[modality].name):
+            # One is what an earlier run wrote beside its input.
+            if _MOVED in name:
+                continue
+        elif modality in found:
             both = f"{shown(found[modality].name)} and {shown(name)}"
             raise UsageError(f"{shown(folder)}: two files for {modality}: {both}; pass files with --t1, ...")
         found[modality] = folder / name

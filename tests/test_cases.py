@@ -151,6 +151,18 @@ def test_a_bids_subject_or_session_stands_for_its_anat_folder(tmp_path: Path) ->
     usage("only anat", tmp_path / "x", error=MissingInputError)
 
 
+@pytest.mark.parametrize("original", ["b_t1.nii.gz", "b_zz_t1.nii.gz"])
+def test_images_that_jrs_moved_do_not_stand_for_their_sources(tmp_path: Path, original: str) -> None:
+    image(tmp_path / "b_space-sri24_desc-moved_T1w.nii.gz", 300)
+    assert set(find_case(tmp_path)) == {"t1"}
+    image(tmp_path / original, 100)
+    assert find_case(tmp_path) == {"t1": tmp_path / original}
+    image(tmp_path / "b_space-mni_desc-moved_T1w.nii.gz", 400)
+    assert find_case(tmp_path) == {"t1": tmp_path / original}
+    (tmp_path / original).unlink()
+    usage("two files for t1", tmp_path)
+
+
 def test_two_files_for_one_modality(tmp_path: Path) -> None:
     image(tmp_path / "a_t1ce.nii.gz")
     image(tmp_path / "a_t1gd.nii")
