@@ -54,25 +54,25 @@ class Case:
 def find_case(folder: Path | str) -> dict[str, Path]:
     """The image file of each modality in a folder, in the order of `MODALITIES`.
 
-    Segmentations, masks and whatever else has no known ending are ignored, and so are moved images beside their sources.
+    Segmentations, masks and whatever else has no known ending are ignored, and moved images beside their sources.
     Raises MissingInputError if there is none, UsageError if two files claim one modality.
     """
     folder = Path(folder)
-    found: dict[str, Path] = {}
+    candidates: dict[str, list[str]] = {}
     entries = _entries(folder)
     for name, is_file in entries:
         modality = split_name(name)[1]
         # Hidden files: macOS leaves ._ twins of every image on foreign disks.
-        if modality is None or name.startswith(".") or not IMAGE_FILE.search(name) or not is_file:
-            continue
-        if modality in found and (_MOVED in name) != (_MOVED in found[modality].name):
-            # One is what an earlier run wrote beside its input.
-            if _MOVED in name:
-                continue
-        elif modality in found:
-            both = f"{shown(found[modality].name)} and {shown(name)}"
+        if modality is not None and not name.startswith(".") and IMAGE_FILE.search(name) and is_file:
+            candidates.setdefault(modality, []).append(name)
+    found: dict[str, Path] = {}
+    for modality, names in candidates.items():
+        # What an earlier run wrote beside its input does not stand for it.
+        names = [name for name in names if _MOVED not in name] or names
+        if len(names) > 1:
+            both = f"{shown(names[0])} and {shown(names[1])}"
             raise UsageError(f"{shown(folder)}: two files for {modality}: {both}; pass files with --t1, ...")
-        found[modality] = folder / name
+        found[modality] = folder / names[0]
     if not found:
         accepted = ", ".join(ending for endings in ENDINGS.values() for ending in endings)
         there = ", ".join(shown(name) for name, _ in entries[:5]) or "nothing"
