@@ -25,7 +25,7 @@ from scipy import ndimage
 
 from jrs import Pipeline
 from jrs.reading import read_volume
-from jrs.runtime import DEFAULT_ITERATIONS
+from jrs.runtime.refine import DEFAULT_ITERATIONS
 from jrs.runtime.results import Result
 from jrs.runtime.sampling import sample_nearest
 from jrs.runtime.transform import Transform, to_voxel_coords

@@ -9,7 +9,6 @@ import typer
 
 from jrs.cli.console import note, status
 from jrs.errors import UsageError
-from jrs.runtime import DEFAULT_ITERATIONS
 
 
 def infer(
@@ -49,8 +48,11 @@ def infer(
     ] = "bundle",
     inverse: Annotated[bool, typer.Option("--inverse/--no-inverse", help="Write the inverse field.")] = True,
     refine: Annotated[
-        int, typer.Option("--refine", min=0, help="Iterations on this pair at the finest level; 0: the network alone.")
-    ] = DEFAULT_ITERATIONS,
+        int | None,
+        typer.Option(
+            "--refine", min=0, help="Iterations on this pair at the finest level (default: 4); 0: the network alone."
+        ),
+    ] = None,
     backend: Annotated[
         str,
         typer.Option(
@@ -83,8 +85,8 @@ def infer(
         segment=seg,
         inverse=inverse,
         label_scheme=label_scheme,
-        refine=refine,
         keep_clear_of=None if overwrite else out,
+        **({} if refine is None else {"refine": refine}),
     )
     with Pipeline.open(bundle, backend, precision, threads) as pipeline, status() as say:
         pipeline.progress = say

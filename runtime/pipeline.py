@@ -21,7 +21,6 @@ from jrs.files import refuse_existing
 from jrs.geometry import FloatArray, Geometry
 from jrs.parallel import together
 from jrs.resources import atlas_path
-from jrs.runtime import DEFAULT_ITERATIONS
 from jrs.runtime.affine import judge_affine, register_affine
 from jrs.runtime.bids import refuse_raw
 from jrs.runtime.cases import Case, load_case
@@ -38,7 +37,7 @@ from jrs.runtime.measures import (
 from jrs.runtime.names import atlas_label, output_names
 from jrs.runtime.network import Codes, Network
 from jrs.runtime.preprocess import NetworkInput, network_input
-from jrs.runtime.refine import Refiner
+from jrs.runtime.refine import DEFAULT_ITERATIONS, Refiner
 from jrs.runtime.results import Result
 from jrs.runtime.sampling import Sampled
 from jrs.runtime.transform import Transform

@@ -25,7 +25,7 @@ from jrs.errors import BadDataError
 from jrs.fields import DisplacementField
 from jrs.geometry import FloatArray, Geometry
 from jrs.resources import DATA
-from jrs.runtime import DEFAULT_ITERATIONS, native
+from jrs.runtime import native
 from jrs.runtime.affine import foreground_box
 from jrs.runtime.cases import Case
 from jrs.runtime.engines import EngineOptions, on_gpu, open_engine
@@ -39,6 +39,7 @@ Array = npt.NDArray[np.float32]
 _LevelBy: TypeAlias = Callable[[dict[str, Array]], Mapping[str, Array]]
 
 GRAPH = DATA / "graphs" / "refine.onnx"
+DEFAULT_ITERATIONS = 4
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ ROOT = Path(jrs.__file__).resolve().parent.parent
 # Stands before the command in the same interpreter: what an edge device lacks cannot be imported.
 NO_TORCH = """
 import sys
+import typing
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("torch", "monai", "onnx", "h5py", "safetensors", "scipy", "lightning_fabric"):
@@ -77,8 +79,11 @@ def infer(tiny_bundle: Path, phantom: Any, tmp_path: Path) -> Callable[..., subp
 
 def test_the_command_and_the_library_do_the_same_unless_told_otherwise() -> None:
     options, command = InferOptions(), inspect.signature(infer_command).parameters
-    for name, option in {"affine": "affine", "segment": "seg", "inverse": "inverse", "refine": "refine"}.items():
+    for name, option in {"affine": "affine", "segment": "seg", "inverse": "inverse"}.items():
         assert command[option].default == getattr(options, name)
+    assert command["refine"].default is None  # the library's, which the help names
+    hint = typing.get_type_hints(infer_command, include_extras=True)["refine"]
+    assert f"(default: {options.refine})" in hint.__metadata__[0].help
     assert command["label_scheme"].default == options.label_scheme
 
 
