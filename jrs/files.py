@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jrs.errors import CannotCreateError, OutputError
+from jrs.errors import CannotCreateError, OutputError, last_line
+
+_ROOM = 1 << 20
 
 
 @contextmanager
@@ -162,6 +165,15 @@ def sha256_of(path: Path) -> str:
         for block in iter(lambda: stream.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
+
+
+def unnumbered(error: Exception, folder: Path, otherwise: int = 0) -> OSError:
+    """The OSError behind a library's own error at writing into ``folder``, which has words and no number.
+
+    It is that of a full disk if next to nothing is left on it, while the unfinished file is still there.
+    """
+    full = shutil.disk_usage(folder).free < _ROOM
+    return OSError(errno.ENOSPC if full else otherwise, last_line(error))
 
 
 def _cannot_write(path: Path, error: OSError) -> CannotCreateError | OutputError:

@@ -18,6 +18,8 @@ from jrs.errors import UsageError
 from jrs.files import write_json, write_text
 
 BIDS_VERSION = "1.10.0"
+MOVED = "moved"
+"""The ``desc`` entity of an image that was moved onto an atlas, in BIDS and beside it."""
 DESCRIPTION = "dataset_description.json"
 IGNORE = ".bidsignore"
 RAW = "raw"

@@ -17,6 +17,7 @@ from jrs.errors import MissingInputError, UsageError
 from jrs.headers import shown
 from jrs.manifest import MODALITIES
 from jrs.reading import count_channels, read_channels, read_volume
+from jrs.runtime.bids import MOVED
 from jrs.volume import Volume
 
 ENDINGS: dict[str, tuple[str, ...]] = {
@@ -34,7 +35,7 @@ _MODALITY_OF = {ending: modality for modality, endings in ENDINGS.items() for en
 IMAGE_FILE = re.compile(r"\.(nii|nii\.gz|mgz)$", re.IGNORECASE)
 """How the name of an image ends that a folder is searched for."""
 _ANY_IMAGE = re.compile(r"\.(nii|mgz|mgh|hdr|img)(\.gz)?$", re.IGNORECASE)
-_MOVED = "_desc-moved_"
+_MOVED = f"_desc-{MOVED}_"
 _LONGEST_NAME = 120  # bytes: output names add up to about 80, file systems take 255
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from jrs.runtime.bids import BidsSource, bids_source, derived
+from jrs.runtime.bids import MOVED, BidsSource, bids_source, derived
 from jrs.runtime.cases import Case
 
 _SUFFIX = {"t1": "T1w", "t1ce": "ce-gadolinium_T1w", "t2": "T2w", "flair": "FLAIR"}
@@ -49,8 +49,8 @@ class OutputNames:
     def moved(self, modality: str) -> str:
         """One modality on the atlas's grid."""
         if self.bids is not None and modality in self.bids.files:
-            return derived(self.bids.files[modality], space=self.atlas, desc="moved") + _IMAGE
-        return f"{self.case}_space-{self.atlas}_desc-moved_{_SUFFIX.get(modality, modality)}{_IMAGE}"
+            return derived(self.bids.files[modality], space=self.atlas, desc=MOVED) + _IMAGE
+        return f"{self.case}_space-{self.atlas}_desc-{MOVED}_{_SUFFIX.get(modality, modality)}{_IMAGE}"
 
     @property
     def field(self) -> str:

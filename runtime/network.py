@@ -142,7 +142,7 @@ class Network:
             self._coming[name] = self._opener.submit(self._open, name)
             count -= 1
 
-    def encode(self, image: Array) -> Codes:
+    def encode(self, image: Value) -> Codes:
         """code1..code5 of a normalised image (1,C,X,Y,Z)."""
         return self._keep("encoder", {"image": image})
 
@@ -159,7 +159,7 @@ class Network:
         displacement, moved = self._register_once(image, moving, fixed)
         for _ in range(self.bundle.manifest.model.passes - 1):
             between = self._pulled(image, displacement) if moved is None else moved
-            further, _ = self._register_once(between, self._keep("encoder", {"image": between}), fixed)
+            further, _ = self._register_once(between, self.encode(between), fixed)
             displacement, moved = further + self._pulled(displacement, further), None
         return Registered(self._pulled(image, displacement) if moved is None else on_host(moved), displacement)
 

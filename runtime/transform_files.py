@@ -6,8 +6,6 @@ SimpleITK; what a file is, its content tells.
 
 from __future__ import annotations
 
-import errno
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,15 +15,13 @@ import numpy as np
 from jrs import fsl, itk
 from jrs.errors import BadDataError, MissingInputError, UsageError, last_line
 from jrs.fields import DisplacementField
-from jrs.files import whole_file
+from jrs.files import unnumbered, whole_file
 from jrs.geometry import FloatArray, Geometry
 from jrs.headers import shown
 from jrs.runtime.chain import Chain, Step, composed
 from jrs.transforms import Affine
 
 IDENTITY = "identity"
-_ROOM = 1 << 20
-"""A disk with less left than this was full when a library could not write to it."""
 _NIFTI_MAGIC = (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c", b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
 _KINDS = "a displacement field (.nii, .nii.gz) or an ITK or ANTs transform (.h5, .mat, .tfm, .txt)"
 
@@ -213,5 +209,4 @@ def _write(path: Path, transform: Any) -> None:
         try:
             sitk.WriteTransform(transform, str(temporary))
         except RuntimeError as error:
-            full = shutil.disk_usage(temporary.parent).free < _ROOM
-            raise OSError(errno.ENOSPC if full else 0, last_line(error), str(path)) from error
+            raise unnumbered(error, temporary.parent) from error

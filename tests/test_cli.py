@@ -319,6 +319,11 @@ def test_70_for_an_error_of_ours(infer: Callable[..., subprocess.CompletedProces
     assert "Traceback" in infer(before=debugging + broken).stderr
 
 
+def test_a_package_of_another_extra_is_named_with_it(infer: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = infer(before=PATCH.format("raise ModuleNotFoundError('no scipy', name='scipy')"))
+    assert "package scipy is not installed; pip install 'jrs[evaluate]'" in failed(done, 69)
+
+
 def test_130_for_ctrl_c(infer: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     done = infer(before=PATCH.format("raise KeyboardInterrupt"))
     assert done.returncode == 130 and done.stdout == ""

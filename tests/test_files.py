@@ -6,16 +6,18 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jrs import files
 from jrs.errors import CannotCreateError, OutputError
-from jrs.files import sha256_of, whole_file, whole_folder, whole_set, write_json, write_text
+from jrs.files import sha256_of, unnumbered, whole_file, whole_folder, whole_set, write_json, write_text
 
 
 class Interrupted(BaseException):
@@ -172,6 +174,16 @@ def test_a_disk_that_fills_while_writing_is_an_output_error(tmp_path: Path) -> N
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert caught.value.exit_code == 74
     assert "free some space" in str(caught.value)
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize(("free", "kind"), [(0, OutputError), (1 << 30, CannotCreateError)])
+def test_a_library_that_does_not_say_that_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, kind: type[Exception]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    with pytest.raises(kind, match=r"x\.h5: .*H5Dwrite failed"), whole_file(tmp_path / "x.h5") as temporary:
+        raise unnumbered(RuntimeError("ITK ERROR:\nH5Dwrite failed"), temporary.parent)
     assert tree(tmp_path) == {}
 
 

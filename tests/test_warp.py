@@ -211,7 +211,7 @@ def test_the_type_is_kept(scene: Scene, helpers: Any, tmp_path: Path, dtype: typ
 
 
 def test_an_outside_value_that_the_type_cannot_hold_is_refused(scene: Scene) -> None:
-    for value in (-1, 300, 0.5):
+    for value in (-1, 300, 0.5, "nan", "inf"):
         scene.jrs(scene.labels, "-t", scene.h5, "-n", "nearest", "--outside", value, code=2)
 
 

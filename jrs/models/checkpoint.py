@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from jrs.bundle import MANIFEST, Bundle
-from jrs.errors import ConfigurationError, MissingInputError, first_line, last_line
-from jrs.files import whole_file
+from jrs.errors import ConfigurationError, MissingInputError, last_line
+from jrs.files import unnumbered, whole_file
 from jrs.manifest import ModelSpec
 from jrs.models.network import JointNet
 from jrs.resources import DATA
@@ -68,9 +68,8 @@ class Checkpoint:
         with whole_file(path) as temporary:
             try:
                 save_file(tensors, temporary, metadata={"jrs": json.dumps(header)})
-            except SafetensorError as error:  # of the disk it says the reason in words alone
-                full = "space" in str(error).lower() or "os error 28" in str(error).lower()
-                raise OSError(errno.ENOSPC if full else errno.EIO, first_line(error), str(path)) from error
+            except SafetensorError as error:
+                raise unnumbered(error, temporary.parent, errno.EIO) from error
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

@@ -84,9 +84,9 @@ class TensorRtEngine(Closing):
     def _keep_kernels(self) -> None:
         if self._kernels is not None:
             cache, known, file = self._kernels
-            kernels = bytes(cache.serialize())
-            if kernels != known:
-                plans.store_kernels(file, kernels)
+            kernels = cache.serialize()
+            if kernels is not None and bytes(kernels) != known:
+                plans.store_kernels(file, bytes(kernels))
 
     _kernels: tuple[Any, bytes, Path] | None = None
     _own_graphs = False
