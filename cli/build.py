@@ -58,6 +58,7 @@ def build_bundle(
     """Build or find the engine of every graph; their files, with a table of what they hold on stderr."""
     import json
 
+    from jrs.bundle import SAMPLING
     from jrs.cli.console import table
     from jrs.runtime.engines import plans
     from jrs.runtime.engines.kernel import can_sample
@@ -65,13 +66,12 @@ def build_bundle(
     module = plans.import_library(choose_library(library))
     paths, rows = [], []
     for name in bundle.manifest.graphs:
-        if name == "transformer" and not can_sample(module):
+        if name in SAMPLING and not can_sample(module):
             rows.append((name, "", "", "stays on the CPU: this version cannot sample volumes"))
             continue
         graph = bundle.graph(name)
         say(f"{module.__name__}: {name}")
-        # The transformer computes in FP32 whatever the bundle's precision is.
-        precision = "fp32" if name == "transformer" else bundle.manifest.precision
+        precision = "fp32" if name in SAMPLING else bundle.manifest.precision
         key = plans.plan_key(module, graph, precision, options)
         folder = out if out is not None else plans.plan_folder(graph)
         path = folder / key.file

@@ -12,12 +12,12 @@ import onnx
 import torch
 
 from jrs.bundle import AccuracyRecord, Precision
-from jrs.export.parity import GraphSession, parity_images
+from jrs.export.parity import Arrays, GraphSession, parity_images
 from jrs.fields import DisplacementField, jacobian_determinant
 from jrs.geometry import Geometry
 from jrs.manifest import ModelSpec
 from jrs.models.network import JointNet
-from jrs.models.spatial import compose, coordinates, displacement, identity_coords, warp
+from jrs.models.spatial import displacement
 from jrs.reading import read_volume
 from jrs.resources import atlas_path
 from jrs.runtime.affine import register_affine
@@ -99,16 +99,18 @@ def _by_graphs(run: dict[str, GraphSession], pair: _Pair, passes: int) -> _Outco
     if "segmentation" in run:
         labels = run["segmentation"](**codes["moving"])["probabilities"][0].argmax(axis=0)
     if "registration" in run:
-        image, coords = pair.moving, identity_coords(torch.zeros(1, 3, *pair.grid.shape))
-        for _ in range(passes):
-            codes["moving"] = run["encoder"](image=image)
-            flow = run["registration"](**{f"{side}_{name}": x for side in codes for name, x in codes[side].items()})
-            moved = run["transformer"](image=image, flow=flow["flow"])
-            further = coordinates(torch.from_numpy(moved["displacement"]), "displacement")
-            coords = compose(coords, further)
-            image = warp(torch.from_numpy(pair.moving), coords).numpy()
-        found = displacement(coords).numpy()[0]
+        done = run["transformer"](image=pair.moving, flow=_flow_by(run, codes))
+        for _ in range(passes - 1):
+            codes["moving"] = run["encoder"](image=done["moved"])
+            further = run["transformer"](image=done["moved"], flow=_flow_by(run, codes))["displacement"]
+            done = run["composer"](image=pair.moving, first=done["displacement"], further=further)
+        found = done["displacement"][0]
     return _Outcome(found, labels)
+
+
+def _flow_by(run: dict[str, GraphSession], codes: dict[str, Arrays]) -> Array:
+    both = {f"{side}_{name}": code for side in codes for name, code in codes[side].items()}
+    return run["registration"](**both)["flow"]
 
 
 def _compare(pair: _Pair, want: _Outcome, got: _Outcome, limits: tuple[float, float, float]) -> AccuracyRecord:

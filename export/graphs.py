@@ -1,4 +1,4 @@
-"""From PyTorch modules to the four single-file ONNX graphs of a bundle."""
+"""From PyTorch modules to the single-file ONNX graphs of a bundle."""
 
 from __future__ import annotations
 
@@ -188,15 +188,19 @@ def build_graphs(net: JointNet, spec: ModelSpec, precision: Precision) -> dict[s
         graphs["transformer"] = _trace(
             TransformerGraph(net), [image, flow], ["image", "flow"], ["moved", "displacement"]
         )
+        if spec.passes > 1:
+            graphs["composer"] = build_composer(spec)
     return graphs
 
 
 def build_composer(spec: ModelSpec) -> onnx.ModelProto:
-    """What composes the passes of a network that has several, for servers that run nothing but graphs."""
+    """What composes the passes of a network that has several."""
     image = torch.zeros(1, spec.architecture.in_channels, *spec.grid.shape)
     field = torch.zeros(1, 3, *spec.grid.shape)
     names = ["image", "first", "further"]
     return _trace(ComposerGraph(), [image, field, field.clone()], names, ["moved", "displacement"])
+
+
 
 
 def opset_of(precision: Precision) -> int:

@@ -13,7 +13,7 @@ from jrs.bundle import ParityRecord, Precision
 from jrs.export.graphs import code_names
 from jrs.manifest import ModelSpec
 from jrs.models.network import Codes, JointNet
-from jrs.models.spatial import displacement, warp
+from jrs.models.spatial import compose, displacement, warp
 from jrs.reading import read_volume
 from jrs.resources import atlas_path
 from jrs.runtime.libraries import import_onnxruntime
@@ -101,6 +101,12 @@ def check_parity(
         alone = transform(image=moving.numpy(), flow=flow.numpy())
         record("moved", "moved", alone["moved"], moved)
         record("displacement", "displacement", alone["displacement"], displacement(coords))
+        if "composer" in graphs:
+            first = displacement(coords).numpy()
+            done = GraphSession(graphs["composer"])(image=moving.numpy(), first=first, further=first)
+            twice = compose(coords, coords)
+            record("composed", "displacement", done["displacement"], displacement(twice))
+            record("moved_composed", "moved", done["moved"], warp(moving, twice))
         both = {f"{side}_{name}": value for side in chain for name, value in chain[side].items()}
         field = transform(image=moving.numpy(), flow=register(**both)["flow"])["displacement"]
         record("field", "field", field, displacement(coords))

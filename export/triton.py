@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from jrs.bundle import Bundle
 from jrs.errors import ConfigurationError
-from jrs.export.graphs import build_composer, code_names
+from jrs.export.graphs import code_names
 from jrs.files import whole_folder
 from jrs.geometry import Geometry
 from jrs.resources import atlas_path
@@ -28,7 +28,6 @@ from jrs.runtime.preprocess import network_input, place_grid
 
 ENSEMBLE = "jrs"
 PREFIX = "jrs_"
-COMPOSER = PREFIX + "composer"
 
 Shape = tuple[int, ...]
 
@@ -65,11 +64,7 @@ def export_triton(bundle: Bundle, repository: str | Path, atlas: str = "sri24", 
             models[with_atlas] = _with_fixed_codes(models[PREFIX + "registration"], codes)
             _write_model(folder, with_atlas, models[with_atlas])
             _write_grid(folder, label, grid)
-        passes = bundle.manifest.model.passes
-        if passes > 1:
-            models[COMPOSER] = build_composer(bundle.manifest.model)
-            _write_model(folder, COMPOSER, models[COMPOSER])
-        _write_ensemble(folder, models, with_atlas, passes)
+        _write_ensemble(folder, models, with_atlas, bundle.manifest.model.passes)
     return repository
 
 
@@ -180,7 +175,8 @@ def _passes(with_atlas: str, passes: int) -> list[_Step]:
         steps.append(_Step(PREFIX + "transformer", {"image": image, "flow": flow}, ends))
         if index > 1:
             inputs = {"image": "image", "first": before, "further": f"further_{index}"}
-            steps.append(_Step(COMPOSER, inputs, {"moved": f"moved{last}", "displacement": f"displacement{last}"}))
+            ends = {"moved": f"moved{last}", "displacement": f"displacement{last}"}
+            steps.append(_Step(PREFIX + "composer", inputs, ends))
         image, before = f"moved{last}", f"displacement{last}"
     return steps
 

@@ -16,7 +16,9 @@ from jrs.schema import decode
 Precision = Literal["fp32", "fp16", "bf16"]
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-GRAPHS = ("encoder", "segmentation", "registration", "transformer")
+SAMPLING = ("transformer", "composer")
+"""Graphs that sample volumes: always FP32, and on the CPU where a backend has no sampler."""
+GRAPHS = ("encoder", "segmentation", "registration", *SAMPLING)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class BundleManifest:
         model: network, channels, grid, normalisation, labels.
         precision: of the convolutions in the graphs.
         opset: of the graphs' standard operators.
-        graphs: by name (encoder, segmentation, registration, transformer).
+        graphs: by name (encoder, segmentation, registration, transformer; composer, where there are several passes).
         training: how the weights came to be; free JSON values.
         parity: what the exporter measured against PyTorch, output by output.
         accuracy: what the precision costs on real volumes, by the case's name.
@@ -154,6 +156,7 @@ def _check_graphs(folder: Path, manifest: BundleManifest) -> None:
     needed = {"encoder"}
     needed |= {"segmentation"} if architecture.segmentation else set()
     needed |= {"registration", "transformer"} if architecture.registration else set()
+    needed |= {"composer"} if architecture.registration and manifest.model.passes > 1 else set()
     missing = sorted(needed - set(manifest.graphs))
     if missing:
         raise ConfigurationError(f"{folder}: lacks the {missing[0]} graph its architecture needs; export it again")

@@ -38,8 +38,10 @@ def _convert_model(*arguments: Any, **options: Any) -> Any:
 
 
 def import_onnxruntime() -> Any:
-    """ONNX Runtime, the events of its builds for Windows turned off; raises ImportError."""
+    """ONNX Runtime, the events of its builds for Windows turned off, silent but for errors; raises ImportError."""
     import onnxruntime
 
     onnxruntime.disable_telemetry_events()
+    # A session's own level does not hold while its providers are set up.
+    onnxruntime.set_default_logger_severity(3)
     return onnxruntime

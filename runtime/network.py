@@ -13,7 +13,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from jrs.bundle import Bundle
+from jrs.bundle import SAMPLING, Bundle
 from jrs.errors import BackendError, OutOfMemoryError
 from jrs.runtime import native
 from jrs.runtime.engines import (
@@ -52,7 +52,7 @@ def engine_options(
     bundle: Bundle, name: str, precision: str, threads: int | None = None, lean: bool = False
 ) -> EngineOptions:
     """How a bundle's graph is opened where the network computes in ``precision``."""
-    if name == "transformer":  # FP32 whatever the bundle's precision
+    if name in SAMPLING:  # FP32 whatever the bundle's precision
         return EngineOptions("fp32", threads)
     graphs, codes = bundle.manifest.precision, precision
     if bundle.manifest.model.passes > 1 and graphs != "bf16":
@@ -156,35 +156,54 @@ class Network:
 
         After the first, the moved image is encoded and registered again: u(x) = v(x) + u_before(x + v(x)).
         """
-        displacement, moved = self._register_once(image, moving, fixed)
+        if on_gpu(self.backend) or not native.available():
+            return self._registered_by_graphs(image, moving, fixed)
+        displacement = self._displacement(image, self._flow(moving, fixed))
         for _ in range(self.bundle.manifest.model.passes - 1):
-            between = self._pulled(image, displacement) if moved is None else moved
-            further, _ = self._register_once(between, self.encode(between), fixed)
-            displacement, moved = further + self._pulled(displacement, further), None
-        return Registered(self._pulled(image, displacement) if moved is None else on_host(moved), displacement)
+            between = self._pulled(image, displacement)
+            further = self._displacement(between, self._flow(self.encode(between), fixed))
+            displacement = further + self._pulled(displacement, further)
+        return Registered(self._pulled(image, displacement), displacement)
 
-    def _register_once(self, image: Value, moving: Codes, fixed: Codes) -> tuple[Array, Value | None]:
-        """One pass's displacement, and ``image`` moved by it where the transformer makes both, as a GPU's does."""
+    def _registered_by_graphs(self, image: Array, moving: Codes, fixed: Codes) -> Registered:
+        """The same by graphs alone: on a GPU nothing comes to the host before the end."""
+        flow = self._flow(moving, fixed)
+        placed = self._placed(image)
+        done = self._keep("transformer", {"image": placed, "flow": flow})
+        for _ in range(self.bundle.manifest.model.passes - 1):
+            flow = self._flow(self.encode(done["moved"]), fixed)
+            further = self._keep("transformer", {"image": done["moved"], "flow": flow})["displacement"]
+            done = self._keep("composer", {"image": placed, "first": done["displacement"], "further": further})
+        return Registered(on_host(done["moved"]), on_host(done["displacement"]))
+
+    def _flow(self, moving: Codes, fixed: Codes) -> Value:
         inputs = {f"moving_{name}": code for name, code in moving.items()}
         inputs |= {f"fixed_{name}": code for name, code in fixed.items()}
-        flow = self._keep("registration", inputs)["flow"]
+        return self._keep("registration", inputs)["flow"]
+
+    def _displacement(self, image: Array, flow: Value) -> Array:
+        """One pass's displacement, on the CPU: the compiled sampler moves images several times faster than a graph."""
         if self._flow_moves:
             displacement = on_host(flow)
             if origin := self.bundle.manifest.model.architecture.grid_origin:
                 displacement = displacement + np.float32(origin)
-            return displacement, None
-        feeds = {"image": image, "flow": flow}
-        transformer = None if on_gpu(self.backend) else self._engine("transformer")
-        if isinstance(transformer, OnnxRuntimeEngine) and native.available():
-            # The compiled sampler is several times faster than ONNX Runtime's, which shares work by channel alone.
-            return transformer.only(["displacement"], feeds)["displacement"], None
-        result = self._keep("transformer", feeds)
-        return on_host(result["displacement"]), result["moved"]
+            return displacement
+        transformer = self._engine("transformer")
+        assert isinstance(transformer, OnnxRuntimeEngine)
+        return transformer.only(["displacement"], {"image": image, "flow": flow})["displacement"]
 
     def _pulled(self, volume: Array, displacement: Array) -> Array:
         """``volume`` (1,C,X,Y,Z) sampled at x + ``displacement`` (1,3,X,Y,Z), voxels, the border repeated outside."""
         warp = Warp(Sampled(displacement[0], self.threads), np.eye(4), np.eye(3))
         return Sampled(volume[0], self.threads).pull(volume.shape[2:], np.eye(4), warp, None)[None]
+
+    def _placed(self, image: Array) -> Value:
+        """The image where the graphs that sample take it, so that it goes to a device once."""
+        try:
+            return self._engine("transformer").place(image)
+        except (OutOfMemoryError, BackendError) as error:
+            self._leave_gpu(error)
+            return image
 
     def _run(self, name: str, inputs: Codes) -> Mapping[str, Array]:
         return hosted(self._keep(name, inputs))
@@ -193,8 +212,6 @@ class Network:
         try:
             return self._engine(name).keep(inputs)
         except (OutOfMemoryError, BackendError) as error:
-            if not (self._free_to_choose and on_gpu(self.backend)):
-                raise
             try:
                 inputs = hosted(inputs)
             except (OutOfMemoryError, BackendError):
@@ -203,7 +220,12 @@ class Network:
             return self._keep(name, inputs)
 
     def _leave_gpu(self, error: Exception) -> None:
-        """Go on with the next backend, or of the CPU if memory ran out; codes on the device stay readable."""
+        """Go on with the next backend, or of the CPU if memory ran out; codes on the device stay readable.
+
+        Raises the error where there is none, or where the user has chosen.
+        """
+        if not (self._free_to_choose and on_gpu(self.backend)):
+            raise error
         left = fallbacks(self.backend, gpus=isinstance(error, BackendError))
         if not left:
             raise error

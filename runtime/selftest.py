@@ -108,6 +108,9 @@ def _feeds(bundle: Bundle) -> dict[str, dict[str, Array]]:
         both = {f"{side}_{name}": code for side, those in codes.items() for name, code in those.items()}
         feeds["registration"] = both
         feeds["transformer"] = {"image": moving, "flow": _reference(bundle, "registration", both)["flow"]}
+    if "composer" in bundle.manifest.graphs:
+        field = _reference(bundle, "transformer", feeds["transformer"])["displacement"]
+        feeds["composer"] = {"image": moving, "first": field, "further": field}
     return feeds
 
 

@@ -265,6 +265,26 @@ def changed_bundle(tiny_bundle: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def several_passes(changed_bundle: Callable[..., Path]) -> Callable[[int], Path]:
+    """A copy of the tiny bundle that registers in so many passes."""
+    from jrs.bundle import Bundle
+    from jrs.export.graphs import build_composer
+    from jrs.files import sha256_of
+
+    def make(passes: int) -> Path:
+        folder = changed_bundle(lambda manifest: None)
+        file = folder / "composer.onnx"
+        file.write_bytes(build_composer(Bundle.open(folder).manifest.model).SerializeToString())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest["model"]["passes"] = passes
+        manifest["graphs"]["composer"] = {"file": file.name, "sha256": sha256_of(file)}
+        (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        return folder
+
+    return make
+
+
 @pytest.fixture(params=["compiled", "portable"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What is tested twice: with the compiled kernels, and without them."""

@@ -8,7 +8,6 @@ import sys
 import types
 import weakref
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +361,9 @@ class FullDevice:
             raise OutOfMemoryError("GPU of 1 byte: out of device memory")
         return {name: Handle(array) for name, array in self.engine(inputs).items()}
 
+    def place(self, array: np.ndarray) -> Handle:
+        return Handle(array)
+
     def __enter__(self) -> FullDevice:
         return self
 
@@ -397,20 +399,22 @@ def full_device(monkeypatch: pytest.MonkeyPatch) -> None:
 class KeepingDevice(FullDevice):
     """A GPU backend that works: what comes out of a graph is shown only when it is asked for."""
 
+    from_host: list[str] = []  # noqa: RUF012
+
     def keep(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        self.from_host.extend(f"{self.name} {name}" for name, value in inputs.items() if isinstance(value, np.ndarray))
         return {name: Handle(array) for name, array in self.engine(inputs).items()}
 
 
-def test_several_passes_on_a_device(full_device: None, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The image that the first pass moved goes back into the encoder as the device holds it."""
+def test_several_passes_on_a_device(full_device: None, several_passes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the passes nothing leaves the device: the image is placed there once, and encoded."""
     from jrs.bundle import Bundle
     from jrs.runtime.network import Network
 
     monkeypatch.setattr(engines, "_BACKENDS", {**engines._BACKENDS, "full": ("numpy", __name__, "KeepingDevice")})
     monkeypatch.setattr(sys.modules[__name__], "KeepingDevice", KeepingDevice, raising=False)
-    bundle = Bundle.open(tiny_bundle)
-    manifest = replace(bundle.manifest, model=replace(bundle.manifest.model, passes=3))
-    bundle = replace(bundle, manifest=manifest)
+    monkeypatch.setattr(KeepingDevice, "from_host", [])
+    bundle = Bundle.open(several_passes(3))
     moving, fixed = (np.random.default_rng(k).normal(size=(1, 4, 32, 32, 32)).astype(np.float32) for k in (0, 1))
     found = []
     for backend in ("ort-cpu", "full"):
@@ -420,6 +424,7 @@ def test_several_passes_on_a_device(full_device: None, tiny_bundle: Path, monkey
     assert type(got.moved) is type(got.displacement) is np.ndarray and np.abs(want.displacement).max() > 0.1
     np.testing.assert_allclose(got.displacement, want.displacement, atol=2e-3)
     np.testing.assert_allclose(got.moved, want.moved, atol=5e-3)
+    assert KeepingDevice.from_host == ["encoder image"] * 2
 
 
 def test_auto_goes_on_with_the_next_library_then_the_cpu(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -19,6 +20,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
+from scipy.ndimage import map_coordinates
 from torch import Tensor
 
 import jrs.export.exporter
@@ -34,6 +36,7 @@ from jrs.export.parity import check_parity
 from jrs.manifest import GridSpec, ModelSpec
 from jrs.models.checkpoint import Checkpoint, load_checkpoint
 from jrs.models.network import JointNet
+from jrs.models.spatial import displacement
 
 Array = np.ndarray[Any, Any]
 
@@ -180,6 +183,61 @@ for path in sys.argv[1:]:
     assert all(v.type.tensor_type.shape.dim for v in inferred.graph.output), path
 assert not {"torch", "jrs", "onnxscript"} & set(sys.modules)
 """
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """Of a network that registers in two passes."""
+    folder = tmp_path_factory.mktemp("twice")
+    architecture = Architecture(2, 3, 4, norm="instance", head="gradient", grid_origin=1)
+    spec = dataclasses.replace(spec_of(architecture), passes=2)
+    Checkpoint(spec, random_network(spec, 3).state_dict(), {}).save(folder / "net.safetensors")
+    bundle = export_bundle(folder / "net.safetensors", folder / "bundle")
+    return Export(bundle.folder, folder / "net.safetensors", "fp32")
+
+
+def test_several_passes_have_a_composer(twice: Export) -> None:
+    """u(x) = v(x) + w(x + v(x)) and the image there, by scipy's interpolation."""
+    bundle = Bundle.open(twice.folder)
+    assert set(bundle.manifest.graphs) == {*GRAPHS, "composer"}
+    assert bundle.manifest.parity["composed"].passed and bundle.manifest.parity["moved_composed"].passed
+    shape = bundle.manifest.model.grid.shape
+    moving, other = (image.numpy() for image in images(2, shape, 4))
+    w, v = (3.0 * image.numpy() for image in images(3, shape, 5))
+    got = session(twice.folder / "composer.onnx")(image=moving, first=w, further=v)
+    index = np.indices(shape).astype(np.float64)
+
+    def at(volume: Any, u: Any) -> Any:
+        return np.stack([map_coordinates(c, index + u, order=1, mode="nearest") for c in volume.astype(np.float64)])
+
+    u = v[0] + at(w[0], v[0].astype(np.float64))
+    assert np.abs(u).max() > 2.0 and not np.array_equal(moving, other)
+    np.testing.assert_allclose(got["displacement"][0], u, atol=1e-4)
+    np.testing.assert_allclose(got["moved"][0], at(moving[0], u), atol=1e-3)
+
+
+def test_passes_by_graphs_alone_are_the_networks(twice: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jrs.runtime.network import Network
+
+    monkeypatch.setenv("JRS_KERNELS", "off")
+    bundle, net = Bundle.open(twice.folder), load_checkpoint(twice.checkpoint).network()
+    moving, fixed = images(2, bundle.manifest.model.grid.shape, 6)
+    with torch.no_grad():
+        want = displacement(net.register(moving, fixed, 2)).numpy()
+    with Network(bundle, "ort-cpu", threads=1) as network:
+        got = network.register(moving.numpy(), network.encode(moving.numpy()), network.encode(fixed.numpy()))
+    assert np.abs(want).max() > 0.5
+    assert np.percentile(np.abs(got.displacement - want), 99) < 2e-3
+
+
+def test_several_passes_without_a_composer_are_refused(twice: Export, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(twice.folder, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["graphs"]["composer"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigurationError, match="lacks the composer graph"):
+        Bundle.open(copy)
 
 
 def test_onnx_accepts_every_graph_without_knowing_the_operator(exports: dict[str, Export]) -> None:

@@ -99,14 +99,14 @@ def test_the_ensemble_computes_what_the_network_computes(repository: Path, tiny_
 
 
 @pytest.mark.parametrize("passes", [2, 3])
-def test_an_ensemble_of_several_passes(changed_bundle: Any, tmp_path: Path, passes: int) -> None:
+def test_an_ensemble_of_several_passes(several_passes: Any, tmp_path: Path, passes: int) -> None:
     from jrs.export.triton import export_triton
     from jrs.reading import read_volume
     from jrs.resources import atlas_path
     from jrs.runtime.network import Network
     from jrs.runtime.preprocess import network_input, place_grid
 
-    bundle = Bundle.open(changed_bundle(lambda manifest: manifest["model"].update(passes=passes)))
+    bundle = Bundle.open(several_passes(passes))
     spec = bundle.manifest.model
     repository = export_triton(bundle, tmp_path / "models")
     assert sorted(f.name for f in repository.iterdir()) == sorted([*MODELS, "jrs_composer", "jrs"])

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 from pathlib import Path
 
+from jrs.bundle import SAMPLING
 from jrs.errors import BackendError, UsageError
 from jrs.runtime.engines.base import (
     Array,
@@ -134,7 +135,7 @@ def choose_backend(name: str = "auto", precision: str = "auto") -> tuple[str, st
 
 
 def _samples(backend: str) -> bool:
-    """Whether a backend runs the transformer itself."""
+    """Whether a backend runs the graphs that sample volumes itself."""
     from jrs.runtime.engines import kernel, plans
 
     return on_gpu(backend) and (backend not in plans.LIBRARIES or kernel.can_sample(plans.import_library(backend)))
@@ -143,10 +144,10 @@ def _samples(backend: str) -> bool:
 def open_engine(graph: Path, kind: str, backend: str, options: EngineOptions) -> Engine:
     """Load a graph: ``kind`` is its name in a manifest or ``refinement``, ``backend`` as ``choose_backend`` gave it.
 
-    The refinement has no fixed shape and a loop inside: it stays on the CPU. So does the transformer of a TensorRT that
-    cannot sample volumes.
+    The refinement has no fixed shape and a loop inside: it stays on the CPU. So do transformer and composer of a
+    TensorRT that cannot sample volumes.
     """
-    if kind == "refinement" or (kind == "transformer" and not _samples(backend)):
+    if kind == "refinement" or (kind in SAMPLING and not _samples(backend)):
         backend, options = _SAMPLING_BACKEND, EngineOptions("fp32", options.threads)
     _, module, name = _BACKENDS[backend]
     engine: Engine = getattr(importlib.import_module(module), name)(graph, options)

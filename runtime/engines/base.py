@@ -86,6 +86,9 @@ class Engine(Protocol):
     def keep(self, inputs: Mapping[str, Value]) -> Mapping[str, Value]:
         """Run once, the outputs left where the next graph of the same backend takes them."""
 
+    def place(self, array: Array) -> Value:
+        """An array where graphs of this backend take it, so that it goes there once."""
+
     def __enter__(self) -> Engine: ...
 
     def __exit__(
@@ -113,6 +116,10 @@ class Closing:
     """The context manager's half of an engine: leaving drops the native object and its memory."""
 
     _native: object | None
+
+    def place(self, array: Array) -> Value:
+        """As it is: an engine of the CPU takes arrays where they lie."""
+        return array
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

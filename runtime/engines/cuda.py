@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import weakref
 from collections.abc import Sequence
@@ -100,7 +101,47 @@ class DeviceArray:
 
     def numpy(self) -> Array:
         """A copy on the host."""
-        return self.session.download(self)
+        return self.session.download(self.address, self.shape)
+
+
+class PinnedMemory:
+    """Host memory that a device reaches by itself, several times as fast, kept and used again until closed.
+
+    Arrays in it outlive the session that made them, and hold nothing of it.
+    """
+
+    def __init__(self, runtime: Any) -> None:
+        self._cuda = runtime
+        self._free: dict[int, list[int]] = {}
+        self._open = True
+
+    def array(self, shape: Sequence[int]) -> Array:
+        """An FP32 array, taken back when nothing refers to it any more; ordinary memory where there is no other."""
+        nbytes = 4 * int(np.prod(shape))
+        kept = self._free.get(nbytes)
+        if kept:
+            address = kept.pop()
+        else:
+            status, address = self._cuda.cudaHostAlloc(nbytes, self._cuda.cudaHostAllocDefault)
+            if status != self._cuda.cudaError_t.cudaSuccess:
+                return np.empty(shape, np.float32)
+        block = (ctypes.c_byte * nbytes).from_address(int(address))
+        # Not at exit: arrays may still be read then.
+        weakref.finalize(block, self._give, int(address), nbytes).atexit = False
+        return np.frombuffer(memoryview(block), dtype=np.float32).reshape(shape)
+
+    def _give(self, address: int, nbytes: int) -> None:
+        if self._open:
+            self._free.setdefault(nbytes, []).append(address)
+        else:
+            self._cuda.cudaFreeHost(address)
+
+    def close(self) -> None:
+        """Release what is free, and what comes back from now on."""
+        self._open = False
+        for address in itertools.chain.from_iterable(self._free.values()):
+            self._cuda.cudaFreeHost(address)
+        self._free.clear()
 
 
 class CudaSession:
@@ -119,8 +160,8 @@ class CudaSession:
         self.device = visible_devices()[0]
         self.stream = int(self.call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking))
         self._free: dict[int, list[int]] = {}
-        self._pinned: dict[int, tuple[int, Array]] = {}
-        self._in_flight = False
+        self._pinned = PinnedMemory(runtime)
+        self._uploading: list[Array] = []
         weakref.finalize(self, _release, runtime, self.stream, self._free, self._pinned)
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -158,43 +199,31 @@ class CudaSession:
 
     def upload(self, array: Array) -> DeviceArray:
         """An array on the device; the host's copy may change as soon as this returns."""
-        made = DeviceArray(self, array.shape)
-        address, pinned = self._staging(made.nbytes)
-        if self._in_flight:
-            self.synchronize()
-        np.copyto(pinned.reshape(array.shape), array)
+        made, staged = DeviceArray(self, array.shape), self._pinned.array(array.shape)
+        np.copyto(staged, array)
         kind = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self.call("cudaMemcpyAsync", made.address, address, made.nbytes, kind, self.stream)
-        self._in_flight = True
+        self.call("cudaMemcpyAsync", made.address, staged.ctypes.data, made.nbytes, kind, self.stream)
+        self._uploading.append(staged)
         return made
 
-    def download(self, array: DeviceArray) -> Array:
-        """A copy on the host, after all that is queued."""
-        address, pinned = self._staging(array.nbytes)
+    def download(self, address: int, shape: Sequence[int]) -> Array:
+        """A copy on the host of FP32 memory of the device, after all that is queued."""
+        copy = self._pinned.array(shape)
         kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self.call("cudaMemcpyAsync", address, array.address, array.nbytes, kind, self.stream)
+        self.call("cudaMemcpyAsync", copy.ctypes.data, address, copy.nbytes, kind, self.stream)
         self.synchronize()
-        return pinned.reshape(array.shape).copy()
+        return copy
 
     def synchronize(self) -> None:
         """Wait until all that is queued has run."""
         self.call("cudaStreamSynchronize", self.stream)
-        self._in_flight = False
-
-    def _staging(self, nbytes: int) -> tuple[int, Array]:
-        if nbytes not in self._pinned:
-            address = int(self.call("cudaHostAlloc", nbytes, self.cuda.cudaHostAllocDefault))
-            raw = (ctypes.c_byte * nbytes).from_address(address)
-            self._pinned[nbytes] = (address, np.frombuffer(memoryview(raw), dtype=np.float32))
-        return self._pinned[nbytes]
+        self._uploading.clear()
 
 
-def _release(runtime: Any, stream: int, free: dict[int, list[int]], pinned: dict[int, tuple[int, Array]]) -> None:
-    for addresses in free.values():
-        for address in addresses:
-            runtime.cudaFree(address)
-    for address, _ in pinned.values():
-        runtime.cudaFreeHost(address)
+def _release(runtime: Any, stream: int, free: dict[int, list[int]], pinned: PinnedMemory) -> None:
+    for address in itertools.chain.from_iterable(free.values()):
+        runtime.cudaFree(address)
+    pinned.close()
     runtime.cudaStreamDestroy(stream)
 
 

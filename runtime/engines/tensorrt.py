@@ -12,7 +12,7 @@ import numpy as np
 
 from jrs.errors import BackendError, JrsError, OutOfMemoryError, first_line
 from jrs.runtime.engines import plans
-from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, Value, graph_name
+from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, Value, graph_name, on_host
 from jrs.runtime.engines.cuda import CudaSession, DeviceArray, shared_session
 
 _GRAPHS_KEPT = 4
@@ -136,7 +136,10 @@ class TensorRtEngine(Closing):
             )
         if isinstance(value, DeviceArray):
             return value
-        array = value if isinstance(value, np.ndarray) else value.numpy()
+        return self.place(on_host(value))
+
+    def place(self, array: Array) -> DeviceArray:
+        """An array on the device."""
         return self._session.upload(np.ascontiguousarray(array, dtype=np.float32))
 
     def _launch(self, addresses: tuple[int, ...]) -> None:
