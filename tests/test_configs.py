@@ -44,7 +44,8 @@ def check_the_recipe(config: TrainConfig) -> None:
     assert (architecture.registration, architecture.mask, architecture.grid_origin) == (True, "warped", 0)
     assert architecture.deep_supervision == 0
     assert (loss.similarity, loss.similarity_measure, loss.gradient_l1) == (1.0, "mse", 1e-10)
-    for name in ("tumor_dice", "structure_dice", "diffusion", "bending", "folding", "symmetric", "inverse_consistency"):
+    beyond = ("tumor_dice", "structure_dice", "diffusion", "bending", "folding", "tumor_rigidity", "symmetric")
+    for name in (*beyond, "inverse_consistency"):
         assert getattr(loss, name) == 0.0, name
     assert (optimizer.learning_rate, optimizer.schedule, optimizer.clip_norm) == (2e-3, "plateau", 0.0)
     assert optimizer.plateau_factor == pytest.approx(1 / 5)

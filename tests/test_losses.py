@@ -20,6 +20,7 @@ from jrs.models.losses import (
     mutual_information,
     soft_dice,
     tumor_regions,
+    tumor_rigidity,
     weighted_cross_entropy,
 )
 
@@ -326,6 +327,28 @@ def test_diffusion_of_simple_fields() -> None:
     assert mean(diffusion(stretch)) == pytest.approx(4.0 / 3.0 / 3.0, rel=1e-6)
 
 
+def test_tumor_rigidity() -> None:
+    field, tumor = 3 * normal(2, 3), uniform(2, 1, seed=1)
+    u, w = wide(field), wide(tumor)
+    expected = np.zeros(2)
+    for axis in (2, 3, 4):
+        squares = (np.diff(u, axis=axis) ** 2).mean(axis=1)
+        inside = np.take(w[:, 0], range(u.shape[axis] - 1), axis=axis - 1)
+        expected += (squares * inside).sum(axis=(1, 2, 3)) / (inside.sum(axis=(1, 2, 3)) + 10.0) / 3.0
+    np.testing.assert_allclose(tumor_rigidity(field, tumor).numpy(), expected, rtol=1e-5)
+
+
+def test_tumor_rigidity_sees_the_tumour_alone() -> None:
+    """0 without one, and where it is merely moved while everything beside it is stretched; as diffusion everywhere."""
+    grid = torch.tensor(np.indices(SHAPE), dtype=torch.float32)[None]
+    stretched = 5.0 + 2.0 * (grid[:, :1] - 2.0).clamp(min=0.0).expand(-1, 3, -1, -1, -1)
+    tumor = (grid[:, :1] < 2).float()
+    assert mean(tumor_rigidity(stretched, tumor)) == 0.0 < mean(diffusion(stretched))
+    assert mean(tumor_rigidity(stretched, torch.zeros_like(tumor))) == 0.0
+    field = 3 * normal(1, 3)
+    assert mean(tumor_rigidity(field, 1e6 * torch.ones_like(tumor))) == pytest.approx(mean(diffusion(field)), rel=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
 def test_bending_energy_is_monais() -> None:
     field = 3 * normal(2, 3)
@@ -473,6 +496,7 @@ def test_an_image_does_not_weigh_its_neighbours() -> None:
             "diffusion": diffusion(field[part]),
             "bending": bending_energy(field[part]),
             "folding": folding(field[part]),
+            "rigidity": tumor_rigidity(field[part], mask[part]),
             "inverse": inverse_consistency(field[part], back[part]),
             "dice": soft_dice(uniform(3, 3)[part], regions[part], mask[part]),
         }

@@ -22,10 +22,11 @@ from jrs.models.losses import (
     masked_mse,
     mutual_information,
     soft_dice,
+    tumor_rigidity,
     weighted_cross_entropy,
 )
 from jrs.models.network import JointNet, JointOutput
-from jrs.models.spatial import displacement, identity_coords
+from jrs.models.spatial import displacement, identity_coords, warp
 from jrs.train.batch import PairBatch
 from jrs.train.config import LossConfig
 from jrs.train.objective import forward_pair, joint_loss
@@ -130,10 +131,41 @@ def test_regularity() -> None:
     assert all(value > 0 for value in got.values())
 
 
+def test_a_tumour_is_to_move_as_one() -> None:
+    """Where the moving image's tumour comes to lie, whatever the fixed image shows; nothing where there is none."""
+    net, pairs = network(), batch()
+    coords = net(pairs.moving, pairs.fixed).coords_vox
+    config = dataclasses.replace(NOTHING, tumor_rigidity=3.0)
+    moved = warp((pairs.moving_tumor > 0).unsqueeze(1).float(), coords)
+    expected = float(tumor_rigidity(displacement(coords), moved).detach().mean())
+    assert terms_of(net, pairs, config) == {"tumor_rigidity": pytest.approx(expected, rel=1e-5)} and expected > 0.01
+    healthy = dataclasses.replace(pairs, moving_tumor=torch.zeros_like(pairs.moving_tumor))
+    assert terms_of(net, healthy, config) == {"tumor_rigidity": 0.0}
+    assert terms_of(net, dataclasses.replace(pairs, moving_tumor=None), config) == {}
+
+
+def test_the_strain_within_a_tumour_can_be_trained_away() -> None:
+    """And not by moving the tumour off it: where the tumour lies is given, so the gradient is the strain's alone."""
+    net, pairs = network(), batch()
+    config = dataclasses.replace(NOTHING, tumor_rigidity=1.0)
+    weights = net.registration.output.weight  # type: ignore[union-attr]
+    total, _ = joint_loss(net, forward_pair(net, pairs, config), pairs, config, generators())
+    (got,) = torch.autograd.grad(total.sum(), weights)
+    coords = net(pairs.moving, pairs.fixed).coords_vox
+    fixed = warp((pairs.moving_tumor > 0).unsqueeze(1).float(), coords).detach()
+    (want,) = torch.autograd.grad(tumor_rigidity(displacement(coords), fixed).sum(), weights)
+    torch.testing.assert_close(got, want)
+    before = terms_of(net, pairs, config)["tumor_rigidity"]
+    with torch.no_grad():
+        weights -= 0.05 * got / got.norm() * weights.norm()
+    assert terms_of(net, pairs, config)["tumor_rigidity"] < before
+
+
 # Both ways ------------------------------------------------------------------------------------------------
 
 REGISTRATION = {
     "similarity": 1.0, "gradient_l1": 1e-3, "diffusion": 0.1, "bending": 0.1, "folding": 1.0, "structure_dice": 1.0,
+    "tumor_rigidity": 1.0,
 }  # fmt: skip
 
 

@@ -291,3 +291,19 @@ def test_a_channel_that_is_needed_is_never_dropped() -> None:
     assert seen == {(1.0, 0.0), (1.0, 1.0)}
 
 
+
+
+def test_a_share_of_the_pairs_shows_one_head_twice() -> None:
+    """Drawn anew from one label map; the other pairs, and all images, are what they are without."""
+    usual, twice = source(), source(one_head=0.4)
+    pairs = [twice.names(index, 1)[0] for index in range(60)]
+    plain = [usual.names(index, 1)[0] for index in range(60)]
+    same_head = [a == b for a, b in pairs]
+    assert 12 <= sum(same_head) <= 36 and all(a != b for a, b in plain)
+    assert [pair for pair, one in zip(pairs, same_head, strict=True) if not one] == [
+        pair for pair, one in zip(plain, same_head, strict=True) if not one
+    ]
+    number = same_head.index(True)
+    got, was = twice.batch(number, 1), usual.batch(number, 1)
+    assert torch.equal(got.moving, was.moving) and not torch.equal(got.moving, got.fixed)
+    assert not torch.equal(got.fixed, was.fixed)

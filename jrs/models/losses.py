@@ -168,6 +168,21 @@ def diffusion(displacement: Tensor) -> Tensor:
     return total / 3.0
 
 
+def tumor_rigidity(displacement: Tensor, tumor: Tensor) -> Tensor:
+    """Mean squared forward difference of a displacement (N,3,X,Y,Z) in voxels where ``tumor`` (N,1,X,Y,Z) is 1, (N,).
+
+    ``tumor`` is the moving image's, warped. The sum of its weights counts ten voxels more, so that a speck weighs less
+    than a lesion and none gives 0. It holds a tumour's volume, as Dong et al. (2023, arXiv 2309.10153) do, and its
+    shape.
+    """
+    total = displacement.new_zeros(len(displacement))
+    for axis in (2, 3, 4):
+        inside = tumor.narrow(axis, 0, tumor.shape[axis] - 1)
+        squares = displacement.diff(dim=axis).square().mean(dim=1, keepdim=True)
+        total = total + (squares * inside).sum(dim=(1, 2, 3, 4)) / (inside.sum(dim=(1, 2, 3, 4)) + 10.0)
+    return total / 3.0
+
+
 def _mean(values: Tensor) -> Tensor:
     """Over all but the images, (N,)."""
     return values.mean(dim=tuple(range(1, values.dim())))

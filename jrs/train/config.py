@@ -33,6 +33,8 @@ class LossConfig:
         diffusion: of the mean squared gradient of the displacement (voxels).
         bending: of the mean squared second derivatives of the displacement (voxels).
         folding: of the depth of folds, where the Jacobian determinant falls below 0.1.
+        tumor_rigidity: of the mean squared gradient of the displacement (voxels) within the warped tumour, where labels
+            exist: without a correspondence there, anything that helps beside it is else free to shrink the tumour.
         symmetric: how much the way back, from the fixed to the moving image, counts beside the way there in all
             terms of the registration: 1 as much, 0 not at all (and it is not computed).
         inverse_consistency: of the mean squared distance (voxels) by which going there and back misses.
@@ -54,6 +56,7 @@ class LossConfig:
     diffusion: float = 0.0
     bending: float = 0.0
     folding: float = 0.0
+    tumor_rigidity: float = 0.0
     symmetric: float = 0.0
     inverse_consistency: float = 0.0
 
@@ -146,6 +149,7 @@ class SynthesisConfig:
         fine_deformation_mm: the same of a second one, whose control points lie half as far apart.
         rotation_deg, scale, shift_mm: largest random affine misplacement left after pre-alignment.
         mirror: share of pairs with left and right exchanged.
+        one_head: share of pairs drawn twice from one label map, as images of one head at two times.
         moving_tumor, fixed_tumor: share of images with a tumour.
         mass_effect: largest share of its radius by which a tumour pushes its surroundings away.
         single_modality_moving, single_modality_fixed: share of images with one channel alone, mostly the first.
@@ -169,6 +173,7 @@ class SynthesisConfig:
     scale: float = 0.05
     shift_mm: float = 3.0
     mirror: float = 0.5
+    one_head: float = 0.0
     moving_tumor: float = 0.7
     fixed_tumor: float = 0.2
     mass_effect: float = 0.45

@@ -80,10 +80,8 @@ class SyntheticPairs:
     def batch(self, index: int, size: int) -> PairBatch:
         """Batch number ``index`` of ``size`` pairs, always the same for one seed."""
         pairs = []
-        for place, (moving, fixed) in enumerate(pair_indices(index, size, len(self), self.seed)):
+        for place, (moving, fixed, mirrored) in enumerate(self._pairs(index, size)):
             number = 2 * (index * size + place)
-            # Both images of a pair are mirrored or neither: no left hemisphere has to become a right one.
-            mirrored = self._draws(number, "pair").chance(self.config.mirror)
             a = self.draw(moving, number, fixed=False, mirrored=mirrored)
             b = self.draw(fixed, number + 1, fixed=True, mirrored=mirrored)
             pairs.append(
@@ -93,8 +91,20 @@ class SyntheticPairs:
 
     def names(self, index: int, size: int) -> list[tuple[str, str]]:
         """Names of the maps that each pair of batch ``index`` is drawn from."""
-        pairs = pair_indices(index, size, len(self), self.seed)
-        return [(self.names_of_maps[moving], self.names_of_maps[fixed]) for moving, fixed in pairs]
+        pairs = self._pairs(index, size)
+        return [(self.names_of_maps[moving], self.names_of_maps[fixed]) for moving, fixed, _ in pairs]
+
+    def _pairs(self, index: int, size: int) -> list[tuple[int, int, bool]]:
+        """Label maps of the moving and the fixed image of each pair, and whether both are mirrored.
+
+        Both or neither: no left hemisphere has to become a right one.
+        """
+        pairs = []
+        for place, (moving, fixed) in enumerate(pair_indices(index, size, len(self), self.seed)):
+            draws = self._draws(2 * (index * size + place), "pair")
+            mirrored, one_head = draws.chance(self.config.mirror), draws.chance(self.config.one_head)
+            pairs.append((moving, moving if one_head else fixed, mirrored))
+        return pairs
 
     def _draws(self, number: int, what: str = "image") -> Draws:
         key = (self.seed, number, int(what == "pair"))
