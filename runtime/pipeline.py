@@ -276,8 +276,7 @@ class Pipeline:
             return _Deformation(displacement, registered.moved[0])
         with clock.stage("refinement"):
             channels = self.network.bundle.manifest.model.channels
-            trusted = probabilities if shows_tumors(inputs, channels) else None
-            tumors = Tumors.found(trusted, fixed.grid, self.threads)
+            tumors = Tumors.found(probabilities, fixed.grid, self.threads, shows_tumors(inputs, channels))
             images = (moving, tumors), (fixed.case, self._tumors(probabilities, fixed))
             refined, notes = self.refiner.refine_case(
                 *images, affine, displacement, iterations, fixed, strangers=fixed.healthy
@@ -303,8 +302,7 @@ class Pipeline:
 
     def _tumors(self, probabilities: Array | None, fixed: FixedImage) -> Tumors:
         """What to leave out of the fixed image; an atlas that ships with jrs is healthy."""
-        channels = self.network.bundle.manifest.model.channels
-        if probabilities is None or fixed.healthy or not shows_tumors(fixed.input, channels):
+        if probabilities is None or fixed.healthy:
             return Tumors(None, fixed.grid)
         if fixed.tumors is None:
             fixed.tumors = Tumors.found(self._segmented(fixed.codes, fixed.input)[0], fixed.grid, self.threads)

@@ -43,7 +43,7 @@ HALF_DIAGONAL = 0.87
 
 
 _TELLING = ("t1ce", "t2", "flair")
-"""Modalities that show a tumour; in T1 alone the default bundle finds some in healthy brains."""
+"""Modalities that show a tumour; from T1 alone the default bundle finds some in a healthy brain now and then."""
 
 
 def shows_tumors(image: NetworkInput, channels: Sequence[str]) -> bool:
@@ -94,21 +94,28 @@ def drop_traces(probabilities: Array, grid: Geometry) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Tumors:
-    """Lesions (X,Y,Z) on a grid, closed; ``mask`` None or empty if there are none."""
+    """Lesions (X,Y,Z) on a grid, closed; ``mask`` None or empty if there are none.
+
+    ``certain`` ones move as rigid bodies. Others are not compared either, and deform as what surrounds them does: that
+    keeps most of a true lesion's volume, and costs little where there is none (docs/refinement.md).
+    """
 
     mask: Mask | None
     grid: Geometry
     threads: int | None = None
+    certain: bool = True
 
     @staticmethod
-    def found(probabilities: Array | None, grid: Geometry, threads: int | None = None) -> Tumors:
+    def found(
+        probabilities: Array | None, grid: Geometry, threads: int | None = None, certain: bool = True
+    ) -> Tumors:
         """From class probabilities (K,X,Y,Z), background first; None if nothing was segmented."""
         mask = None if probabilities is None else foreground(probabilities)
         if mask is None or not mask.any():
-            return Tumors(None, grid, threads)
+            return Tumors(None, grid, threads, certain)
         # Closed: what lies no deeper inside the grown lesion than it has grown.
         grown = _distance_mm(mask, grid) <= _CLOSED_MM
-        return Tumors(mask | (_distance_mm(~grown, grid) > _CLOSED_MM), grid, threads)
+        return Tumors(mask | (_distance_mm(~grown, grid) > _CLOSED_MM), grid, threads, certain)
 
     @cached_property
     def distance_mm(self) -> Array | None:
@@ -125,7 +132,9 @@ class Tumors:
 
     @cached_property
     def _stiff(self) -> list[Array]:
-        """For each lesion: 1 in it, smoothly 0 at some distance."""
+        """For each lesion that is to move as a rigid body: 1 in it, smoothly 0 at some distance."""
+        if not self.certain:
+            return []
         return [1.0 - _ramp(_distance_mm(part, self.grid), _RIGID_MM, _FREE_MM) for part in self.lesions]
 
     def blank_at(self, points_ras: Array, voxel_mm: float) -> Mask:
@@ -145,7 +154,7 @@ class Tumors:
         return distance
 
     def stiffened(self, u_mm: Array, grid: Geometry) -> Array:
-        """u (3,X,Y,Z) mm on ``grid``, made a rigid motion in every lesion, where x + u(x) is a lesion's point.
+        """u (3,X,Y,Z) mm on ``grid``, made a rigid motion in every certain lesion, where x + u(x) is a lesion's point.
 
         The motion is the one nearest to u; it goes over into u between ``_RIGID_MM`` and ``_FREE_MM`` from the
         lesion. A rigid motion has determinant 1: the affine alone decides what becomes of the volume.

@@ -625,13 +625,33 @@ def test_without_refinement_the_field_is_the_networks(pipeline: Pipeline, phanto
         (("t1",), (True,), True),  # a network made for T1 alone
     ],
 )
-def test_a_tumour_seen_in_t1_alone_is_not_let_go_of(
+def test_a_tumour_seen_in_t1_alone_is_uncertain(
     channels: tuple[str, ...], present: tuple[bool, ...], believed: bool
 ) -> None:
     empty = np.zeros((len(channels), 2, 2, 2), dtype=np.float32)
     image = NetworkInput(empty[None], present, Geometry((2, 2, 2), np.eye(4)))
     assert shows_tumors(image, channels) is believed
     assert smallest_ml(image, channels) == (0.05 if believed else 3.0)
+
+
+def test_a_tumour_seen_in_t1_alone_is_not_compared_and_may_deform(
+    pipeline: Pipeline, phantom: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the other modalities it is rigid as well; in the fixed image it is left out too."""
+    given: list[Tumors] = []
+    refine = pipeline.refiner.refine_case
+
+    def watched(moving: Any, fixed: Any, *rest: Any, **more: Any) -> Any:
+        given.extend((moving[1], fixed[1]))
+        return refine(moving, fixed, *rest, **more)
+
+    monkeypatch.setattr(pipeline.refiner, "refine_case", watched)
+    pipeline.infer(phantom.folder, phantom.atlas, refine=1, inverse=False)
+    t1 = next(Path(phantom.folder).glob("*t1.nii.gz"))
+    pipeline.infer(None, phantom.atlas, modalities={"t1": t1}, refine=1, inverse=False)
+    whole, _, alone, fixed = given
+    assert whole.certain and not alone.certain
+    assert alone.mask is not None and fixed.mask is not None and alone.lesions
 
 
 def test_small_regions_seen_in_t1_alone_are_left_out(

@@ -156,6 +156,16 @@ def test_rigid_motions_are_kept(grid: Geometry, helpers: Any) -> None:
     np.testing.assert_allclose(tumors.stiffened(u.astype(np.float32), grid), u, atol=0.06)
 
 
+def test_what_may_be_no_tumour_deforms_and_is_not_compared(grid: Geometry) -> None:
+    mask = ball(grid, (6, -3, 4), 13)
+    sure, unsure = (Tumors.found(probabilities(mask), grid, certain=certain) for certain in (True, False))
+    points = affine_coords(grid.shape, grid.affine)
+    u = (0.25 * points).astype(np.float32)
+    assert np.array_equal(unsure.stiffened(u, grid), u) and not np.array_equal(sure.stiffened(u, grid), u)
+    np.testing.assert_array_equal(unsure.weights_at(points, 2.0), sure.weights_at(points, 2.0))
+    assert unsure.weights_at(points, 2.0)[mask].max() == 0.0
+
+
 def test_small_spots_deform(grid: Geometry) -> None:
     tumors = Tumors.found(probabilities(ball(grid, (0, 0, 0), 4)), grid)
     u = (0.1 * affine_coords(grid.shape, grid.affine)).astype(np.float32)
