@@ -71,7 +71,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize(("size", "target"), SIZES)
-@pytest.mark.parametrize("channels", [1, 3, 4, 9])
+@pytest.mark.parametrize("channels", [1, 3, 8, 9, 17])
 def test_the_kernel_samples_as_torch_does(
     host: ctypes.CDLL, size: tuple[int, ...], target: tuple[int, ...], channels: int
 ) -> None:

@@ -17,8 +17,8 @@ from jrs.resources import DATA
 SOURCE = DATA / "kernels" / "grid_sample_3d.cu"
 KERNELS = {"fp32": "jrs_grid_sample_3d_fp32", "fp16": "jrs_grid_sample_3d_fp16"}
 PLUGIN = "jrs::JrsGridSample3D"
-THREADS = 128
-"""Of a block; a multiple of a warp, small because a thread holds sixteen corners and weights."""
+THREADS = 256
+"""Of a block; a multiple of a warp."""
 
 _registered: set[str] = set()
 

@@ -28,7 +28,9 @@ __device__ __forceinline__ void store(half_bits* to, float value) {
 }
 #endif
 
-#define GROUP 4
+// Channels in flight at once. Offsets within a group are 32 bits wide: with four channels and 64 bits FP16 took twice
+// as long (docs/gpu.md). A channel may hold up to 2^28 voxels, 645 along each side.
+#define GROUP 8
 
 // One axis: the two voxels around a coordinate, and the weight of the second. Comparisons with NaN are false, so a
 // NaN falls to the lower border before anything is converted to an integer.
@@ -62,18 +64,18 @@ __device__ __forceinline__ void sample(const T* __restrict__ volume, const float
     const Between y = between(at[points], height);
     const Between z = between(at[2 * (long long)points], width);
 
-    long long offset[8];
+    int offset[8];
     float weight[8];
     for (int corner = 0; corner < 8; ++corner) {
         const int i = corner & 4 ? x.upper : x.lower;
         const int j = corner & 2 ? y.upper : y.lower;
         const int k = corner & 1 ? z.upper : z.lower;
-        offset[corner] = ((long long)i * height + j) * width + k;
+        offset[corner] = (i * height + j) * width + k;
         weight[corner] = (corner & 4 ? x.weight : 1.0f - x.weight) * (corner & 2 ? y.weight : 1.0f - y.weight) *
                          (corner & 1 ? z.weight : 1.0f - z.weight);
     }
 
-    const long long size = (long long)depth * height * width;
+    const int size = depth * height * width;
     const T* source = volume + (long long)batch * channels * size;
     T* target = out + (long long)batch * channels * points + point;
     int channel = 0;
@@ -83,21 +85,25 @@ __device__ __forceinline__ void sample(const T* __restrict__ volume, const float
         for (int corner = 0; corner < 8; ++corner) {
 #pragma unroll
             for (int lane = 0; lane < GROUP; ++lane) {
-                sum[lane] += weight[corner] * widen(source[(channel + lane) * size + offset[corner]]);
+                sum[lane] += weight[corner] * widen((source + lane * size)[offset[corner]]);
             }
         }
 #pragma unroll
         for (int lane = 0; lane < GROUP; ++lane) {
-            store(target + (long long)(channel + lane) * points, sum[lane]);
+            store(target + (long long)lane * points, sum[lane]);
         }
+        source += (long long)GROUP * size;
+        target += (long long)GROUP * points;
     }
     for (; channel < channels; ++channel) {
         float sum = 0.0f;
 #pragma unroll
         for (int corner = 0; corner < 8; ++corner) {
-            sum += weight[corner] * widen(source[channel * size + offset[corner]]);
+            sum += weight[corner] * widen(source[offset[corner]]);
         }
-        store(target + (long long)channel * points, sum);
+        store(target, sum);
+        source += size;
+        target += points;
     }
 }
 
