@@ -473,3 +473,18 @@ def test_auto_leaves_a_full_device_and_says_so(full_device: None, tiny_bundle: P
         with pytest.raises(OutOfMemoryError) as caught:
             network.register(moving, *codes)
     assert caught.value.exit_code == 75
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((8, 6), True), ((12, 1), True), ((9, 0), False), ((8, 7), False)])
+def test_tensorrt_rtx_is_offered_where_it_runs(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], runs: bool
+) -> None:
+    """An H200 with TensorRT-RTX 1.7: "Supported compute capabilities: 8.0 8.6 8.9 12.0 12.1 >12.0"."""
+    from jrs.runtime.engines import cuda
+
+    monkeypatch.setattr(engines, "_installed", lambda name: True)
+    monkeypatch.setattr(cuda, "visible_devices", lambda: (cuda.Device("Simulated", capability, 2**33),))
+    lacking = engines.why_unavailable("tensorrt-rtx")
+    assert (lacking is None) is runs
+    assert runs or "capability {}.{}; use tensorrt or ort-cuda".format(*capability) in str(lacking)
+    assert engines.why_unavailable("tensorrt") is None
