@@ -42,7 +42,7 @@ from jrs.runtime.results import Result
 from jrs.runtime.sampling import Sampled
 from jrs.runtime.transform import Transform
 from jrs.runtime.transform_files import load_affine
-from jrs.runtime.tumors import Tumors, drop_specks, drop_traces, shows_tumors, smallest_ml
+from jrs.runtime.tumors import Tumors, drop_specks, drop_traces, shows_enhancement, shows_tumors, smallest_ml
 from jrs.volume import occupied
 
 Array = npt.NDArray[np.float32]
@@ -292,7 +292,7 @@ class Pipeline:
         channels = self.network.bundle.manifest.model.channels
         least = smallest_ml(image, channels)
         dropped = drop_specks(probabilities, image.grid, least)
-        drop_traces(probabilities, image.grid)
+        drop_traces(probabilities, image.grid, shows_enhancement(image, channels))
         if not dropped or shows_tumors(image, channels):
             return probabilities, []
         return probabilities, [
@@ -368,7 +368,8 @@ def _notes(case: Case, channels: Sequence[str], segments: bool) -> list[str]:
     notes = [f"{name}: {note}" for name, volume in case.images.items() for note in volume.notes]
     missing = [channel for channel in channels if channel not in case.images]
     if missing and segments:
-        notes.append(f"without {', '.join(missing)} the segmentation is less certain")
+        guess = ", and what may enhance counts as core" if "t1ce" in missing else ""
+        notes.append(f"without {', '.join(missing)} the segmentation is less certain{guess}")
     unused = [name for name in case.images if name not in channels]
     if unused:
         notes.append(f"{', '.join(unused)} is moved but not used: the bundle does not take it")

@@ -42,7 +42,8 @@ HALF_DIAGONAL = 0.87
 """Of a voxel, in its sides: so far a point shines by averaging."""
 
 
-_TELLING = ("t1ce", "t2", "flair")
+_CONTRAST = "t1ce"
+_TELLING = (_CONTRAST, "t2", "flair")
 """Modalities that show a tumour; from T1 alone the default bundle finds some in a healthy brain now and then."""
 
 
@@ -71,10 +72,16 @@ def drop_specks(probabilities: Array, grid: Geometry, least_ml: float) -> float:
     return float(counts[small].sum() * grid.voxel_volume_ml)
 
 
-def drop_traces(probabilities: Array, grid: Geometry) -> None:
+def shows_enhancement(image: NetworkInput, channels: Sequence[str]) -> bool:
+    """Whether a contrast agent is there to see: a network that knows T1ce guesses without."""
+    return _CONTRAST not in channels or image.present[tuple(channels).index(_CONTRAST)]
+
+
+def drop_traces(probabilities: Array, grid: Geometry, visible: bool = True) -> None:
     """Make core of what enhances in BraTS' four classes, in ``probabilities``, if there is no more than a trace in all.
 
     Where the truth has none, any at all scores nothing (Isensee et al. 2021, doi 10.1007/978-3-030-72087-2_11).
+    All of it becomes core where enhancement is not ``visible``.
     """
     if len(probabilities) != 4:
         return
@@ -83,7 +90,7 @@ def drop_traces(probabilities: Array, grid: Geometry) -> None:
         return
     inside = probabilities[(slice(None), *occupied([mask]))]
     winner = inside.argmax(axis=0)
-    if np.count_nonzero(winner == 3) * grid.voxel_volume_ml >= _TRACE_ML:
+    if visible and np.count_nonzero(winner == 3) * grid.voxel_volume_ml >= _TRACE_ML:
         return
     # To the class that wins without it, so that nothing but the trace itself changes, interpolated or not.
     winner[winner == 3] = 1

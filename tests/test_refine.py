@@ -25,7 +25,7 @@ from jrs.runtime.refine import GRAPH, Refined, Refiner, gaussian, level_grids, p
 from jrs.runtime.refine_level import refine_level
 from jrs.runtime.sampling import Sampled, affine_coords
 from jrs.runtime.transform import Transform, displacement_on
-from jrs.runtime.tumors import Tumors, shows_tumors, smallest_ml
+from jrs.runtime.tumors import Tumors, shows_enhancement, shows_tumors, smallest_ml
 from jrs.volume import Volume
 
 Array = np.ndarray[Any, Any]
@@ -631,6 +631,7 @@ def test_a_tumour_seen_in_t1_alone_is_uncertain(
     empty = np.zeros((len(channels), 2, 2, 2), dtype=np.float32)
     image = NetworkInput(empty[None], present, Geometry((2, 2, 2), np.eye(4)))
     assert shows_tumors(image, channels) is believed
+    assert shows_enhancement(image, channels) is ("t1ce" not in channels)
     assert smallest_ml(image, channels) == (0.05 if believed else 3.0)
 
 
@@ -673,5 +674,6 @@ def test_small_regions_seen_in_t1_alone_are_left_out(
     alone = pipeline.infer(None, phantom.atlas, modalities={"t1": t1}, refine=0, inverse=False)
     assert whole.volumes_ml is not None and whole.volumes_ml["native"]["WT"] > 0
     assert alone.volumes_ml is not None and alone.volumes_ml["native"]["WT"] == 0
+    assert [w for w in alone.warnings if "what may enhance counts as core" in w]
     assert [w for w in alone.warnings if "left out of the labels" in w and "\n" not in w]
     assert not [w for w in whole.warnings if "left out" in w]

@@ -87,6 +87,16 @@ def test_traces_of_enhancement_become_core(grid: Geometry, voxels: int, kept: bo
     assert given[3].max() == 0.0
 
 
+def test_enhancement_that_cannot_be_seen_is_core(grid: Geometry) -> None:
+    """However much: no other voxel changes its class."""
+    rng = np.random.default_rng(6)
+    given = rng.dirichlet((4.0, 3.0, 3.0, 3.0), size=SHAPE).transpose(3, 0, 1, 2).astype(np.float32)
+    classes = given.argmax(axis=0)
+    drop_traces(given, grid, visible=False)
+    assert (classes == 3).sum() * grid.voxel_volume_ml > 10.0 and given[3].max() == 0.0
+    np.testing.assert_array_equal(given.argmax(axis=0), np.where(classes == 3, 1, classes))
+
+
 def test_other_classes_have_no_traces(grid: Geometry) -> None:
     given = probabilities(ball(grid, (0, 0, 0), 3))
     before = given.copy()
