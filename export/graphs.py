@@ -201,8 +201,6 @@ def build_composer(spec: ModelSpec) -> onnx.ModelProto:
     return _trace(ComposerGraph(), [image, field, field.clone()], names, ["moved", "displacement"])
 
 
-
-
 def opset_of(precision: Precision) -> int:
     """Of the encoder and the decoders: the lowest whose convolutions take the precision."""
     return BF16_OPSET if precision == "bf16" else OPSET

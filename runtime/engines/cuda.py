@@ -216,8 +216,9 @@ class CudaSession:
 
     def synchronize(self) -> None:
         """Wait until all that is queued has run."""
+        copied, self._uploading = self._uploading, []
         self.call("cudaStreamSynchronize", self.stream)
-        self._uploading.clear()
+        copied.clear()
 
 
 def _release(runtime: Any, stream: int, free: dict[int, list[int]], pinned: PinnedMemory) -> None:
