@@ -301,8 +301,9 @@ class Pipeline:
         ]
 
     def _tumors(self, probabilities: Array | None, fixed: FixedImage) -> Tumors:
-        """What to leave out of the fixed image; an atlas that ships with jrs is healthy."""
-        if probabilities is None or fixed.healthy:
+        """What to leave out of the fixed image; atlases that ship with jrs, and most of T1 alone, are healthy."""
+        channels = self.network.bundle.manifest.model.channels
+        if probabilities is None or fixed.healthy or not shows_tumors(fixed.input, channels):
             return Tumors(None, fixed.grid)
         if fixed.tumors is None:
             fixed.tumors = Tumors.found(self._segmented(fixed.codes, fixed.input)[0], fixed.grid, self.threads)
