@@ -157,7 +157,12 @@ class Network:
         After the first, the moved image is encoded and registered again: u(x) = v(x) + u_before(x + v(x)).
         """
         if on_gpu(self.backend) or not native.available():
-            return self._registered_by_graphs(image, moving, fixed)
+            try:
+                return self._registered_by_graphs(image, moving, fixed)
+            except (OutOfMemoryError, BackendError) as error:
+                # What a device was given to do fails at the latest where its results are copied.
+                moving, fixed = self._leave_gpu(error, moving, fixed)
+                return self.register(image, moving, fixed)
         displacement = self._displacement(image, self._flow(moving, fixed))
         for _ in range(self.bundle.manifest.model.passes - 1):
             between = self._pulled(image, displacement)
@@ -166,7 +171,7 @@ class Network:
         return Registered(self._pulled(image, displacement), displacement)
 
     def _registered_by_graphs(self, image: Array, moving: Codes, fixed: Codes) -> Registered:
-        """The same by graphs alone: on a GPU nothing comes to the host before the end."""
+        """The same by graphs alone: on a GPU that samples nothing comes to the host before the end."""
         flow = self._flow(moving, fixed)
         placed = self._placed(image)
         done = self._keep("transformer", {"image": placed, "flow": flow})
@@ -198,7 +203,7 @@ class Network:
         return Sampled(volume[0], self.threads).pull(volume.shape[2:], np.eye(4), warp, None)[None]
 
     def _placed(self, image: Array) -> Value:
-        """The image where the graphs that sample take it, so that it goes to a device once."""
+        """The image where the graphs that sample take it, so that it goes to a device once for all of them."""
         try:
             return self._engine("transformer").place(image)
         except (OutOfMemoryError, BackendError) as error:
@@ -206,34 +211,38 @@ class Network:
             return image
 
     def _run(self, name: str, inputs: Codes) -> Mapping[str, Array]:
-        return hosted(self._keep(name, inputs))
+        outputs = self._keep(name, inputs)
+        try:
+            return hosted(outputs)
+        except (OutOfMemoryError, BackendError) as error:
+            (inputs,) = self._leave_gpu(error, inputs)
+            return self._run(name, inputs)
 
     def _keep(self, name: str, inputs: Codes) -> Codes:
         try:
             return self._engine(name).keep(inputs)
         except (OutOfMemoryError, BackendError) as error:
-            try:
-                inputs = hosted(inputs)
-            except (OutOfMemoryError, BackendError):
-                raise error from None  # the device has failed for good, and shows nothing any more
-            self._leave_gpu(error)
+            (inputs,) = self._leave_gpu(error, inputs)
             return self._keep(name, inputs)
 
-    def _leave_gpu(self, error: Exception) -> None:
-        """Go on with the next backend, or of the CPU if memory ran out; codes on the device stay readable.
+    def _leave_gpu(self, error: Exception, *held: Codes) -> list[dict[str, Array]]:
+        """Go on with the next backend, or of the CPU if memory ran out; what is ``held``, on the host.
 
-        Raises the error where there is none, or where the user has chosen.
+        Raises the error where there is none, where the user has chosen, or where the device shows nothing any more.
         """
-        if not (self._free_to_choose and on_gpu(self.backend)):
+        left = fallbacks(self.backend, gpus=isinstance(error, BackendError)) if on_gpu(self.backend) else []
+        if not left or not self._free_to_choose:
             raise error
-        left = fallbacks(self.backend, gpus=isinstance(error, BackendError))
-        if not left:
-            raise error
+        try:
+            kept = [hosted(values) for values in held]
+        except (OutOfMemoryError, BackendError):
+            raise error from None
         self.notes.append(f"{error}; went on with {left[0]}")
         self.backend = left[0]
         if self._asked[1] == "auto":  # what is on the device already was computed in the graphs' own precision
             self._choice = Choice("fp32", f"went on with {left[0]} in the middle of a case")
         self._close()
+        return kept
 
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:

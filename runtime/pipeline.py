@@ -19,6 +19,7 @@ from jrs.errors import ConfigurationError, UsageError
 from jrs.fields import DisplacementField
 from jrs.files import refuse_existing
 from jrs.geometry import FloatArray, Geometry
+from jrs.manifest import ModelSpec
 from jrs.parallel import together
 from jrs.resources import atlas_path
 from jrs.runtime.affine import judge_affine, register_affine
@@ -176,7 +177,7 @@ class Pipeline:
             there = [names.report_json, names.field]
             refuse_existing(names.folder(options.keep_clear_of), there, overwrite=False)
         fixed = self._fixed.get(path, label, clock.stage)
-        warnings = [*fixed.notes, *_notes(moving, spec.channels, segments)]
+        warnings = [*fixed.notes, *_notes(moving, spec, segments)]
         with clock.stage("affine"):
             affine, quality, doubts = self._affine(moving, fixed, options.affine)
             warnings += doubts
@@ -365,11 +366,12 @@ def _native_labels(sampler: LabelSampler, native: Geometry) -> npt.NDArray[np.ui
     return np.ascontiguousarray(order.undo(sampler.native(grid)))
 
 
-def _notes(case: Case, channels: Sequence[str], segments: bool) -> list[str]:
+def _notes(case: Case, spec: ModelSpec, segments: bool) -> list[str]:
+    channels = spec.channels
     notes = [f"{name}: {note}" for name, volume in case.images.items() for note in volume.notes]
     missing = [channel for channel in channels if channel not in case.images]
     if missing and segments:
-        guess = ", and what may enhance counts as core" if "t1ce" in missing else ""
+        guess = ", and what may enhance counts as core" if "t1ce" in missing and len(spec.labels) == 4 else ""
         notes.append(f"without {', '.join(missing)} the segmentation is less certain{guess}")
     unused = [name for name in case.images if name not in channels]
     if unused:

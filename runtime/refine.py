@@ -5,9 +5,9 @@ analytic force, smoothed, moves the field by composition, and the field is smoot
 doi 10.1016/j.media.2007.06.004; Yushkevich et al. 2016, ``greedy``). The arithmetic is one ONNX graph with a
 loop inside, made by ``jrs.export.refinement``; ``docs/refinement.md`` has the equations and what was measured.
 
-Tumours take no part: nothing inside them is compared, and they move as rigid bodies, so that the deformation
-neither shrinks nor swells them. Between two images of one head, which are told by how well a smooth deformation
-explains them, there is less to find and all of it can be found: see ``Refiner.refine``.
+Tumours take no part: nothing inside them is compared, and those that are certain move as rigid bodies, so that the
+deformation neither shrinks nor swells them. Between two images of one head, which are told by how well a smooth
+deformation explains them, there is less to find and all of it can be found: see ``Refiner.refine``.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class GraphResult:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """Graph by graph, and milliseconds of a whole case: encoder, decoders and transformer, the fixed codes kept."""
+    """Graph by graph, and milliseconds of a whole case, every pass of it, the fixed codes kept."""
 
     graphs: tuple[GraphResult, ...]
     case_ms: float

@@ -33,8 +33,8 @@ class LossConfig:
         diffusion: of the mean squared gradient of the displacement (voxels).
         bending: of the mean squared second derivatives of the displacement (voxels).
         folding: of the depth of folds, where the Jacobian determinant falls below 0.1.
-        tumor_rigidity: of the mean squared gradient of the displacement (voxels) within the warped tumour, where labels
-            exist: without a correspondence there, anything that helps beside it is else free to shrink the tumour.
+        tumor_rigidity: of the mean squared gradient of the displacement (voxels) within the warped tumour, where both
+            images have labels: nothing is compared there, so that whatever helps beside it may else shrink the tumour.
         symmetric: how much the way back, from the fixed to the moving image, counts beside the way there in all
             terms of the registration: 1 as much, 0 not at all (and it is not computed).
         inverse_consistency: of the mean squared distance (voxels) by which going there and back misses.

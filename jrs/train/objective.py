@@ -83,7 +83,7 @@ def _registration_terms(
         field = displacement(output.coords_vox)
         measures = {"diffusion": diffusion, "bending": bending_energy, "folding": folding}
         terms |= {name: measure(field) for name, measure in measures.items() if getattr(config, name)}
-    if config.tumor_rigidity and batch.moving_tumor is not None:
+    if config.tumor_rigidity and batch.moving_tumor is not None and batch.fixed_tumor is not None:
         # Where the tumour comes to lie is given here: moving it off its own strain is no way out.
         tumor = warp((batch.moving_tumor > 0).unsqueeze(1).float(), output.coords_vox.detach())
         terms["tumor_rigidity"] = tumor_rigidity(displacement(output.coords_vox), tumor)

@@ -55,8 +55,9 @@ _BACKENDS = {
 _EXTRAS = {"tensorrt": "'jrs[tensorrt]'", "tensorrt_rtx": "'jrs[tensorrt-rtx]'", "cuda.bindings": "'jrs[cuda]'"}
 _NEEDS_CUDA_PYTHON = ("tensorrt", "tensorrt-rtx")
 _ON_GPU = ("tensorrt", "tensorrt-rtx", "ort-cuda", "ort-tensorrt")
-# Compute capabilities before 12 that TensorRT-RTX 1.7 runs on; on others it refuses every engine.
-_OF_RTX = ((7, 5), (8, 0), (8, 6), (8, 9))
+# Compute capabilities before 12 that TensorRT-RTX 1.7 runs a bundle on. On 7.5 it has no FP32 3-D convolutions; on
+# others it refuses every engine.
+_OF_RTX = ((8, 0), (8, 6), (8, 9))
 # Chosen by name alone: builds engines of its own at every change, for what ``tensorrt`` does better.
 _NOT_BY_AUTO = ("ort-tensorrt",)
 # The custom op needs a backend that runs a function's body or has a kernel; the CPU's others have neither.
@@ -87,7 +88,7 @@ def why_unavailable(backend: str) -> str | None:
         return f"no CUDA device is visible: {why_no_device()}"
     major, minor = visible_devices()[0].capability
     if backend == "tensorrt-rtx" and (major, minor) not in _OF_RTX and major < 12:
-        return f"TensorRT-RTX does not run on compute capability {major}.{minor}; use tensorrt or ort-cuda"
+        return f"TensorRT-RTX does not run bundles on compute capability {major}.{minor}; use tensorrt or ort-cuda"
     if library == "onnxruntime":
         from jrs.runtime.engines.onnxruntime_gpu import why_no_provider
 

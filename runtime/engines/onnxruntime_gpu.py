@@ -156,10 +156,10 @@ class OrtCudaEngine(Closing):
 
 
 def _copying_session() -> CudaSession | None:
-    """The process's CUDA session, None without cuda-python: ONNX Runtime then copies itself."""
+    """The process's CUDA session; None without a cuda-python that fits: ONNX Runtime then copies itself."""
     try:
         return shared_session()
-    except BackendError:
+    except Exception:  # with a driver that does not fit the bindings raise what they like
         return None
 
 
