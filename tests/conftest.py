@@ -141,6 +141,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+def at(volume: np.ndarray, displacement: np.ndarray) -> np.ndarray:
+    """``volume`` (C,X,Y,Z) at x + ``displacement`` (3,X,Y,Z), voxels, by scipy: linear, the border repeated."""
+    from scipy.ndimage import map_coordinates
+
+    coords = np.indices(volume.shape[1:]) + displacement
+    return np.stack([map_coordinates(c, coords, order=1, mode="nearest") for c in volume.astype(np.float64)])
+
+
 class Helpers:
     """The functions above, for test files: with pytest's importlib mode they cannot import this one."""
 
@@ -152,6 +160,7 @@ class Helpers:
     sitk_array = staticmethod(sitk_array)
     head = staticmethod(head)
     write_image = staticmethod(write_image)
+    at = staticmethod(at)
 
 
 @pytest.fixture(scope="session")

@@ -378,6 +378,11 @@ class BrokenDevice:
         raise BackendError("backend broken: the driver is too old")
 
 
+def two_images() -> list[np.ndarray]:
+    """A moving and a fixed one, of noise, for the tiny bundle."""
+    return [np.random.default_rng(k).normal(size=(1, 4, 32, 32, 32)).astype(np.float32) for k in (0, 1)]
+
+
 class Handle:
     """Memory that only its ``numpy`` shows."""
 
@@ -415,7 +420,7 @@ def test_several_passes_on_a_device(full_device: None, several_passes: Any, monk
     monkeypatch.setattr(sys.modules[__name__], "KeepingDevice", KeepingDevice, raising=False)
     monkeypatch.setattr(KeepingDevice, "from_host", [])
     bundle = Bundle.open(several_passes(3))
-    moving, fixed = (np.random.default_rng(k).normal(size=(1, 4, 32, 32, 32)).astype(np.float32) for k in (0, 1))
+    moving, fixed = two_images()
     found = []
     for backend in ("ort-cpu", "full"):
         with Network(bundle, backend, "fp32", 1) as network:
@@ -428,7 +433,7 @@ def test_several_passes_on_a_device(full_device: None, several_passes: Any, monk
 
 
 class LateDevice(KeepingDevice):
-    """A GPU backend that runs late: what went wrong shows when a result is copied, of one graph's ``fails``-th run."""
+    """A GPU backend that is lost at a run of a graph (``fails``), or, for ``results``, when results are copied."""
 
     fails = ("", 0)
     runs: list[str] = []  # noqa: RUF012
@@ -466,7 +471,7 @@ def test_auto_leaves_a_device_in_the_middle_of_several_passes(
     monkeypatch.setattr(LateDevice, "fails", fails)
     monkeypatch.setattr(LateDevice, "runs", [])
     bundle = Bundle.open(several_passes(2))
-    moving, fixed = (np.random.default_rng(k).normal(size=(1, 4, 32, 32, 32)).astype(np.float32) for k in (0, 1))
+    moving, fixed = two_images()
     found = []
     for backend in ("ort-cpu", "auto"):
         with Network(bundle, backend, "fp32", 1) as network:
@@ -537,7 +542,7 @@ def test_auto_leaves_a_full_device_and_says_so(full_device: None, tiny_bundle: P
     from jrs.runtime.network import Network
 
     bundle = Bundle.open(tiny_bundle)
-    moving, fixed = (np.random.default_rng(k).normal(size=(1, 4, 32, 32, 32)).astype(np.float32) for k in (0, 1))
+    moving, fixed = two_images()
     with Network(bundle, "ort-cpu", "fp32", 1) as network:
         want = network.register(moving, network.encode(moving), network.encode(fixed))
     with Network(bundle, threads=1) as network:

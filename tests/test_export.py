@@ -20,7 +20,6 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from scipy.ndimage import map_coordinates
 from torch import Tensor
 
 import jrs.export.exporter
@@ -117,8 +116,8 @@ TRAINING = {
 }
 
 
-def make(folder: Path, architecture: Architecture, precision: Any, shape: Any = None) -> Export:
-    spec, checkpoint = spec_of(architecture), folder / "net.safetensors"
+def make(folder: Path, architecture: Architecture, precision: Any, shape: Any = None, passes: int = 1) -> Export:
+    spec, checkpoint = dataclasses.replace(spec_of(architecture), passes=passes), folder / "net.safetensors"
     Checkpoint(spec, random_network(spec, 1).state_dict(), TRAINING).save(checkpoint)
     return Export(
         export_bundle(checkpoint, folder / "bundle", precision, shape=shape).folder, checkpoint, precision
@@ -188,32 +187,23 @@ assert not {"torch", "jrs", "onnxscript"} & set(sys.modules)
 @pytest.fixture(scope="module")
 def twice(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """Of a network that registers in two passes."""
-    folder = tmp_path_factory.mktemp("twice")
     architecture = Architecture(2, 3, 4, norm="instance", head="gradient", grid_origin=1)
-    spec = dataclasses.replace(spec_of(architecture), passes=2)
-    Checkpoint(spec, random_network(spec, 3).state_dict(), {}).save(folder / "net.safetensors")
-    bundle = export_bundle(folder / "net.safetensors", folder / "bundle")
-    return Export(bundle.folder, folder / "net.safetensors", "fp32")
+    return make(tmp_path_factory.mktemp("twice"), architecture, "fp32", passes=2)
 
 
-def test_several_passes_have_a_composer(twice: Export) -> None:
+def test_several_passes_have_a_composer(twice: Export, helpers: Any) -> None:
     """u(x) = v(x) + w(x + v(x)) and the image there, by scipy's interpolation."""
     bundle = Bundle.open(twice.folder)
     assert set(bundle.manifest.graphs) == {*GRAPHS, "composer"}
     assert bundle.manifest.parity["composed"].passed and bundle.manifest.parity["moved_composed"].passed
     shape = bundle.manifest.model.grid.shape
-    moving, other = (image.numpy() for image in images(2, shape, 4))
+    moving = images(2, shape, 4)[0].numpy()
     w, v = (3.0 * image.numpy() for image in images(3, shape, 5))
     got = session(twice.folder / "composer.onnx")(image=moving, first=w, further=v)
-    index = np.indices(shape).astype(np.float64)
-
-    def at(volume: Any, u: Any) -> Any:
-        return np.stack([map_coordinates(c, index + u, order=1, mode="nearest") for c in volume.astype(np.float64)])
-
-    u = v[0] + at(w[0], v[0].astype(np.float64))
-    assert np.abs(u).max() > 2.0 and not np.array_equal(moving, other)
+    u = v[0] + helpers.at(w[0], v[0].astype(np.float64))
+    assert np.abs(u).max() > 2.0
     np.testing.assert_allclose(got["displacement"][0], u, atol=1e-4)
-    np.testing.assert_allclose(got["moved"][0], at(moving[0], u), atol=1e-3)
+    np.testing.assert_allclose(got["moved"][0], helpers.at(moving[0], u), atol=1e-3)
 
 
 def test_passes_by_graphs_alone_are_the_networks(twice: Export, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,28 +210,21 @@ def test_kernels_of_another_version_are_left_alone(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("passes", [2, 3])
-def test_passes_are_composed(tiny_bundle: Any, several_passes: Any, kernels: str, passes: int) -> None:
+def test_passes_are_composed(tiny_bundle: Any, several_passes: Any, helpers: Any, kernels: str, passes: int) -> None:
     """Against the passes one by one, composed by scipy's interpolation."""
-    from scipy.ndimage import map_coordinates
-
     from jrs.bundle import Bundle
     from jrs.runtime.network import Network
 
     once = Bundle.open(tiny_bundle)
     shape = (1, len(once.manifest.model.channels), *once.manifest.model.grid.shape)
     image, other = (GENERATOR(seed).normal(size=shape).astype(np.float32) for seed in (20, 21))
-    index = np.indices(shape[2:]).astype(np.float64)
-
-    def at(volume: Any, u: Any) -> Any:
-        return np.stack([map_coordinates(v, index + u, order=1, mode="nearest") for v in volume.astype(np.float64)])
-
     with Network(once, "ort-cpu", threads=1) as network:
         fixed = network.encode(other)
         moved, u = image, np.zeros((3, *shape[2:]))
         for _ in range(passes):
             further = network.register(moved, network.encode(moved), fixed).displacement[0].astype(np.float64)
-            u = further + at(u, further)
-            moved = at(image[0], u).astype(np.float32)[None]
+            u = further + helpers.at(u, further)
+            moved = helpers.at(image[0], u).astype(np.float32)[None]
     with Network(Bundle.open(several_passes(passes)), "ort-cpu", threads=1) as network:
         got = network.register(image, network.encode(image), network.encode(other))
     assert np.abs(u).max() > 0.05

@@ -79,14 +79,14 @@ def _registration_terms(
         terms["similarity"] = _similarity(output, batch, config, generators)
     if config.gradient_l1:
         terms["gradient_l1"] = gradient_l1(spatial_gradients(output.flow, net.architecture.head))
-    if config.diffusion or config.bending or config.folding:
+    if config.diffusion or config.bending or config.folding or config.tumor_rigidity:
         field = displacement(output.coords_vox)
         measures = {"diffusion": diffusion, "bending": bending_energy, "folding": folding}
         terms |= {name: measure(field) for name, measure in measures.items() if getattr(config, name)}
-    if config.tumor_rigidity and batch.moving_tumor is not None and batch.fixed_tumor is not None:
-        # Where the tumour comes to lie is given here: moving it off its own strain is no way out.
-        tumor = warp((batch.moving_tumor > 0).unsqueeze(1).float(), output.coords_vox.detach())
-        terms["tumor_rigidity"] = tumor_rigidity(displacement(output.coords_vox), tumor)
+        if config.tumor_rigidity and batch.moving_tumor is not None and batch.fixed_tumor is not None:
+            # Where the tumour comes to lie is given here: moving it off its own strain is no way out.
+            tumor = warp((batch.moving_tumor > 0).unsqueeze(1).float(), output.coords_vox.detach())
+            terms["tumor_rigidity"] = tumor_rigidity(field, tumor)
     if config.structure_dice and batch.moving_structures is not None and batch.fixed_structures is not None:
         terms["structure_dice"] = _structure_dice(output.coords_vox, batch, config, chosen)
     return terms

@@ -105,7 +105,7 @@ class DeviceArray:
 
 
 class PinnedMemory:
-    """Host memory that a device reaches by itself, several times as fast, kept and used again until closed.
+    """Host memory that a device reaches by itself, kept and used again until closed.
 
     Arrays in it outlive the session that made them, and hold nothing of it.
     """

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, 
 from jrs.runtime.engines.cuda import CudaSession, shared_session, visible_devices
 from jrs.runtime.libraries import import_onnxruntime
 
+_Result = TypeVar("_Result")
 PROVIDERS = {"ort-cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}
 
 
@@ -29,7 +30,7 @@ def why_no_provider(backend: str) -> str | None:
 
 
 class OrtArray:
-    """An array that ONNX Runtime keeps on its device; ``cuda`` copies from there, several times as fast as it does."""
+    """An array that ONNX Runtime keeps on its device; ``cuda``, if given, copies it into pinned memory."""
 
     def __init__(self, value: Any, cuda: CudaSession | None = None) -> None:
         self.value, self.shape = value, tuple(value.shape())
@@ -131,19 +132,17 @@ class OrtCudaEngine(Closing):
 
     def keep(self, inputs: Mapping[str, Value]) -> dict[str, OrtArray]:
         """Run once; the outputs stay on the device."""
-        if self._native is None:
-            raise BackendError(f"backend {self.backend}: {graph_name(self._graph)} is closed")
-        try:
-            return self._native.run(inputs)
-        except Exception as error:
-            raise self._failure("failed", error) from error
+        return self._done(lambda native: native.run(inputs))
 
     def place(self, array: Array) -> OrtArray:
         """An array on the device."""
+        return self._done(lambda native: native.place(array))
+
+    def _done(self, work: Callable[[BoundSession], _Result]) -> _Result:
         if self._native is None:
             raise BackendError(f"backend {self.backend}: {graph_name(self._graph)} is closed")
         try:
-            return self._native.place(array)
+            return work(self._native)
         except Exception as error:
             raise self._failure("failed", error) from error
 
