@@ -193,12 +193,18 @@ def pytorch(bundle: Bundle, runs: int) -> None:
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     spec = bundle.manifest.model
+    lateral = 2 + spec.grid.axis_along("LR")
     net = load_checkpoint(bundle.folder).network().eval().cuda()
     image = torch.randn(1, spec.architecture.in_channels, *spec.grid.shape, device="cuda")
 
     def case(fixed: Any) -> Any:
         codes = net.encoder(image)
-        probabilities = None if net.segmentation is None else net.segmentation(codes).softmax(dim=1)
+        probabilities = None
+        if net.segmentation is not None:
+            probabilities = net.segmentation(codes).softmax(dim=1)
+            if spec.mirroring:
+                mirrored = net.segmentation(net.encoder(image.flip(lateral))).softmax(dim=1)
+                probabilities = (probabilities + mirrored.flip(lateral)) / 2
         coords = net.coordinates(net.flow(codes, fixed))
         for _ in range(spec.passes - 1):
             further = net.flow(net.encoder(warp(image, coords)), fixed)

@@ -149,7 +149,7 @@ def network_rows(checkpoint: Path, bundle: Bundle, runs: int) -> tuple[dict[str,
             def pair(codes: Any = None, network: Network = network) -> None:
                 there = network.encode(fixed) if codes is None else codes
                 here = network.encode(moving)
-                network.segment(here)
+                network.segment(moving, here)
                 network.register(moving, here, there)
 
             if backend == "auto":

@@ -98,6 +98,12 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _nodes(attribute.g)
 
 
+def model_of(graph: onnx.GraphProto) -> onnx.ModelProto:
+    """A graph that was not traced, as a model."""
+    opsets = [helper.make_opsetid("", OPSET)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="jrs")
+
+
 def sampler_model() -> onnx.ModelProto:
     """A graph of this one operator with free sizes: how the runtime resamples every image."""
     volume = helper.make_tensor_value_info("volume", TensorProto.FLOAT, [1, "C", "D", "H", "W"])
@@ -105,9 +111,7 @@ def sampler_model() -> onnx.ModelProto:
     sampled = helper.make_tensor_value_info("sampled", TensorProto.FLOAT, [1, "C", "x", "y", "z"])
     node = helper.make_node(OP_TYPE, ["volume", "coords"], ["sampled"], name="sample", domain=DOMAIN)
     graph = helper.make_graph([node], "sampler", [volume, coords], [sampled])
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="jrs"
-    )
+    model = model_of(graph)
     add_function(model)
     onnx.checker.check_model(model)
     return model
@@ -136,11 +140,6 @@ def probe_models() -> dict[str, onnx.ModelProto]:
     )
     node = helper.make_node(OP_TYPE, ["image", "coords"], ["moved"], name="sample", domain=DOMAIN)
     sampler = helper.make_graph([node], "sampler", [value("image", 2), value("coords", 3)], [value("moved", 2)])
-    models = {}
-    for graph in (convolution, sampler):
-        opsets = [helper.make_opsetid("", OPSET)]
-        models[graph.name] = helper.make_model(
-            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="jrs"
-        )
+    models = {graph.name: model_of(graph) for graph in (convolution, sampler)}
     add_function(models["sampler"])
     return models

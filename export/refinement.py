@@ -21,7 +21,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from jrs.export.custom_op import DOMAIN, IR_VERSION, OP_TYPE, OPSET, add_function
+from jrs.export.custom_op import DOMAIN, OP_TYPE, add_function, model_of
 from jrs.runtime.refine_level import FORCE_FLOOR, LEAST_WEIGHT, SMALLEST_VARIANCE, VARIANCE_FLOOR, WINDOW
 
 _END = 2**62
@@ -150,8 +150,7 @@ def _finished(outer: _Graph) -> onnx.ModelProto:
         helper.make_tensor_value_info("done", TensorProto.FLOAT, []),
     ]
     graph = helper.make_graph(outer.nodes, "refinement", inputs, outputs, outer.constants)
-    opsets = [helper.make_opsetid("", OPSET)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="jrs")
+    model = model_of(graph)
     add_function(model)
     onnx.checker.check_model(model, full_check=True)
     return model

@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnx.parser
 from onnx import numpy_helper
 
 from jrs.bundle import Bundle
 from jrs.errors import ConfigurationError
+from jrs.export.custom_op import model_of
 from jrs.export.graphs import code_names
 from jrs.files import whole_folder
 from jrs.geometry import Geometry
@@ -57,6 +60,12 @@ def export_triton(bundle: Bundle, repository: str | Path, atlas: str = "sri24", 
         for name in bundle.manifest.graphs:
             models[PREFIX + name] = onnx.load(bundle.graph(name))
             _write_model(folder, PREFIX + name, models[PREFIX + name], bundle.graph(name))
+        model = bundle.manifest.model
+        if model.mirroring and "segmentation" in bundle.manifest.graphs:
+            added = _mirroring(models, 2 + model.grid.axis_along("LR"))
+            models |= added
+            for name, graph in added.items():
+                _write_model(folder, name, graph)
         with_atlas = None
         if bundle.manifest.model.architecture.registration:
             codes, grid = _fixed_codes(bundle, path)
@@ -89,6 +98,26 @@ def _with_fixed_codes(registration: onnx.ModelProto, codes: Mapping[str, Array])
         model.graph.initializer.append(numpy_helper.from_array(codes[name], f"fixed_{name}"))
     onnx.checker.check_model(model)
     return model
+
+
+def _mirroring(models: Mapping[str, onnx.ModelProto], axis: int) -> dict[str, onnx.ModelProto]:
+    """Two models: an image mirrored along ``axis``; the mean of probabilities and of mirrored ones mirrored back."""
+    (image,) = _tensors(models[PREFIX + "encoder"].graph.input).values()
+    (classes,) = _tensors(models[PREFIX + "segmentation"].graph.output).values()
+    image_type, classes_type = (f"float[{', '.join(map(str, shape))}]" for shape in (image, classes))
+    reverse = f"int64[1] start = {{-1}}, int64[1] end = {{{np.iinfo(np.int64).min}}}"
+    reverse += f", int64[1] axis = {{{axis}}}, int64[1] step = {{-1}}"
+    flip = "Slice({}, start, end, axis, step)".format
+    texts = {
+        "mirror": f"mirror ({image_type} image) => ({image_type} mirrored) <{reverse}>"
+        f"{{ mirrored = {flip('image')} }}",
+        "mean": f"mean ({classes_type} direct, {classes_type} mirrored) => ({classes_type} probabilities) <{reverse}>"
+        f"{{ back = {flip('mirrored')} probabilities = Mean(direct, back) }}",
+    }
+    built = {PREFIX + name: model_of(onnx.parser.parse_graph(text)) for name, text in texts.items()}
+    for model in built.values():
+        onnx.checker.check_model(model, full_check=True)
+    return built
 
 
 def _write_grid(folder: Path, label: str, grid: Geometry) -> None:
@@ -129,9 +158,7 @@ def _write_ensemble(
     codes = code_names()
     steps = [_Step(PREFIX + "encoder", {"image": "image"}, {name: name for name in codes})]
     if PREFIX + "segmentation" in models:
-        steps.append(
-            _Step(PREFIX + "segmentation", {name: name for name in codes}, {"probabilities": "probabilities"})
-        )
+        steps += _segmentation(mirroring=PREFIX + "mirror" in models)
     if with_atlas is not None:
         steps += _passes(with_atlas, passes)
     shapes: dict[str, Shape] = {}
@@ -152,6 +179,25 @@ def _write_ensemble(
     # An ensemble has no file, and Triton wants the folder of its version all the same.
     (folder / ENSEMBLE / "1").mkdir(parents=True)
     (folder / ENSEMBLE / "config.pbtxt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _segmentation(mirroring: bool) -> list[_Step]:
+    """As ``Network.segment`` does it, the codes of the image at hand."""
+    segmentation, codes = PREFIX + "segmentation", {name: name for name in code_names()}
+    if not mirroring:
+        return [_Step(segmentation, codes, {"probabilities": "probabilities"})]
+    mirrored = {name: f"{name}_mirrored" for name in codes}
+    return [
+        _Step(segmentation, codes, {"probabilities": "direct"}),
+        _Step(PREFIX + "mirror", {"image": "image"}, {"mirrored": "image_mirrored"}),
+        _Step(PREFIX + "encoder", {"image": "image_mirrored"}, mirrored),
+        _Step(segmentation, mirrored, {"probabilities": "probabilities_mirrored"}),
+        _Step(
+            PREFIX + "mean",
+            {"direct": "direct", "mirrored": "probabilities_mirrored"},
+            {"probabilities": "probabilities"},
+        ),
+    ]
 
 
 def _passes(with_atlas: str, passes: int) -> list[_Step]:

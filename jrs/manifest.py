@@ -45,6 +45,10 @@ class GridSpec:
         if self.frame and self.frame not in ATLASES:
             raise ConfigurationError(f"grid frame {self.frame!r}: must be empty or one of {', '.join(ATLASES)}")
 
+    def axis_along(self, directions: str) -> int:
+        """The array axis that runs along two opposite anatomical directions, ``LR``, ``AP`` or ``IS``."""
+        return next(axis for axis, letter in enumerate(self.orientation) if letter in directions)
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -62,6 +66,8 @@ class ModelSpec:
         passes: how often the network registers a pair: from the second time on the moving image is encoded as the
             passes before have moved it, and the displacements are composed (recursive cascades: Zhao et al. 2019, doi
             10.1109/ICCV.2019.01070, here with one network's weights throughout).
+        mirroring: whether an image is segmented with left and right exchanged as well, and the probabilities are the
+            mean of both (as nnU-Net does along every axis: Isensee et al. 2021, doi 10.1038/s41592-020-01008-z).
     """
 
     architecture: Architecture = field(default_factory=Architecture)
@@ -72,6 +78,7 @@ class ModelSpec:
     labels: tuple[str, ...] = ("background", "necrotic_or_nonenhancing_core", "edema", "enhancing_tumor")
     label_values: tuple[int, ...] = (0, 1, 2, 4)
     passes: int = 1
+    mirroring: bool = False
 
     def __post_init__(self) -> None:
         if len(self.channels) != self.architecture.in_channels:

@@ -146,9 +146,18 @@ class Network:
         """code1..code5 of a normalised image (1,C,X,Y,Z)."""
         return self._keep("encoder", {"image": image})
 
-    def segment(self, codes: Codes) -> Array:
-        """Probabilities (K,X,Y,Z)."""
+    def segment(self, image: Array, codes: Codes) -> Array:
+        """Probabilities (K,X,Y,Z) of ``image`` (1,C,X,Y,Z), whose codes are ``codes``.
+
+        Where the model says so, the mean with those of the mirrored image, which is encoded for it.
+        """
+        model = self.bundle.manifest.model
         probabilities: Array = self._run("segmentation", codes)["probabilities"][0]
+        if model.mirroring:
+            lateral = model.grid.axis_along("LR")
+            mirrored = self.encode(np.ascontiguousarray(np.flip(image, 2 + lateral)))
+            back = np.flip(self._run("segmentation", mirrored)["probabilities"][0], 1 + lateral)
+            probabilities = np.float32(0.5) * (probabilities + back)
         return probabilities
 
     def register(self, image: Array, moving: Codes, fixed: Codes) -> Registered:

@@ -289,7 +289,7 @@ class Pipeline:
 
     def _segmented(self, codes: Codes, image: NetworkInput) -> tuple[Array, list[str]]:
         """Probabilities (K,X,Y,Z) without what is too small to be believed, and what to say of regions left out."""
-        probabilities = self.network.segment(codes)
+        probabilities = self.network.segment(image.tensor, codes)
         channels = self.network.bundle.manifest.model.channels
         least = smallest_ml(image, channels)
         dropped = drop_specks(probabilities, image.grid, least)

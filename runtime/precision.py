@@ -158,7 +158,7 @@ def _outcome(
     architecture = bundle.manifest.model.architecture
     with Network(bundle, "openvino", precision, threads) as network:
         codes = network.encode(moving)
-        probabilities = network.segment(codes) if architecture.segmentation else None
+        probabilities = network.segment(moving, codes) if architecture.segmentation else None
         displacement = None
         if architecture.registration:
             displacement = network.register(moving, codes, network.encode(fixed)).displacement[0]

@@ -152,7 +152,7 @@ def _time_case(bundle: Bundle, image: Array, backend: str, precision: str, runs:
         def case() -> None:
             codes = network.encode(image)
             if "segmentation" in bundle.manifest.graphs:
-                network.segment(codes)
+                network.segment(image, codes)
             if "registration" in bundle.manifest.graphs:
                 network.register(image, codes, fixed)
 

@@ -222,6 +222,12 @@ def test_a_model_whose_parts_disagree(change: dict[str, Any]) -> None:
         ModelSpec(**change)
 
 
+@pytest.mark.parametrize(("orientation", "axes"), [("RAS", (0, 1, 2)), ("LPI", (0, 1, 2)), ("PIL", (2, 0, 1))])
+def test_axes_by_their_directions(orientation: str, axes: tuple[int, int, int]) -> None:
+    grid = GridSpec(orientation=orientation)
+    assert tuple(grid.axis_along(directions) for directions in ("LR", "AP", "IS")) == axes
+
+
 def test_a_grid_too_small_for_instance_norm_is_refused() -> None:
     caught: Exception | None = None
     try:

@@ -38,7 +38,7 @@ def answer(network: Network, images: tuple[NetworkInput, NetworkInput, Geometry,
     """Displacement (3,X,Y,Z) in voxels and the class of each voxel."""
     moving, fixed = network.encode(images[0].tensor), network.encode(images[1].tensor)
     displacement = network.register(images[0].tensor, moving, fixed).displacement[0]
-    return displacement, network.segment(moving).argmax(axis=0)
+    return displacement, network.segment(images[0].tensor, moving).argmax(axis=0)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,12 @@ def reference(images: tuple[NetworkInput, NetworkInput, Geometry, np.ndarray]) -
     net = loaded.network()
     moving, fixed = (torch.from_numpy(image.tensor) for image in images[:2])
     with torch.no_grad():
-        output = net(moving, fixed)
+        plain = net(moving, fixed).moving_probabilities[0]
+        mirrored = net(moving.flip(2), fixed).moving_probabilities[0].flip(1)
     x, y, z = (np.arange(n, dtype=np.float32) for n in images[2].shape)
     coords = net.register(moving, fixed, loaded.spec.passes)[0].numpy()
     displacement = coords - np.stack(np.meshgrid(x, y, z, indexing="ij"))
-    return displacement, output.moving_probabilities[0].argmax(dim=0).numpy()
+    return displacement, (plain + mirrored).argmax(dim=0).numpy()
 
 
 @pytest.fixture(scope="module")

@@ -303,7 +303,7 @@ def test_the_network_of_a_bundle_agrees_with_torch(tiny_bundle: Path, backend: s
         want = net(torch.from_numpy(moving), torch.from_numpy(fixed))
     with Network(Bundle.open(tiny_bundle), backend, "fp32", 1) as network:
         codes = {name: network.encode(array) for name, array in (("moving", moving), ("fixed", fixed))}
-        probabilities = network.segment(codes["moving"])
+        probabilities = network.segment(moving, codes["moving"])
         registered = network.register(moving, codes["moving"], codes["fixed"])
         assert network.info.backend == backend
     assert list(codes["moving"]) == ["code1", "code2", "code3", "code4", "code5"]
@@ -314,6 +314,38 @@ def test_the_network_of_a_bundle_agrees_with_torch(tiny_bundle: Path, backend: s
     np.testing.assert_allclose(registered.displacement, want.flow.numpy(), atol=1e-3)
     np.testing.assert_allclose(registered.moved, want.moved.numpy(), atol=5e-3)
     assert np.abs(registered.displacement).max() > 0.05
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("orientation", "axis"), [("RAS", 0), ("PIL", 2)])
+def test_mirroring_averages_both_sides(
+    tiny_bundle: Path, changed_bundle: Any, backend: str, orientation: str, axis: int
+) -> None:
+    """PyTorch's own probabilities of an image and of the one with left and right exchanged."""
+    torch = pytest.importorskip("torch")
+    from jrs.bundle import Bundle
+    from jrs.models.checkpoint import load_checkpoint
+    from jrs.runtime.network import Network
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["model"]["mirroring"] = True
+        manifest["model"]["grid"]["orientation"] = orientation
+
+    bundle = Bundle.open(changed_bundle(change))
+    net = load_checkpoint(tiny_bundle.parent / "tiny.safetensors").network()
+    image, _ = two_images()
+    tensor = torch.from_numpy(image)
+    with torch.no_grad():
+        plain = net(tensor, tensor).moving_probabilities[0]
+        flipped = tensor.flip(2 + axis)
+        back = net(flipped, flipped).moving_probabilities[0].flip(1 + axis)
+    assert float((plain - back).abs().max()) > 0.01
+    with Network(bundle, backend, "fp32", 1) as network:
+        codes = network.encode(image)
+        got = network.segment(image, codes)
+        # Nothing that others may still hold is changed.
+        np.testing.assert_array_equal(network.segment(image, codes), got)
+    np.testing.assert_allclose(got, ((plain + back) / 2).numpy(), atol=1e-3)
 
 
 # Devices --------------------------------------------------------------------------------------------------
@@ -476,7 +508,7 @@ def test_auto_leaves_a_device_in_the_middle_of_several_passes(
     for backend in ("ort-cpu", "auto"):
         with Network(bundle, backend, "fp32", 1) as network:
             codes = [network.encode(image) for image in (moving, fixed)]
-            probabilities = network.segment(codes[0])
+            probabilities = network.segment(moving, codes[0])
             found.append((probabilities, network.register(moving, *codes)))
     assert network.notes == [f"backend full: the device is lost; went on with {BACKENDS[0]}"]
     (want_p, want), (got_p, got) = found
@@ -497,7 +529,7 @@ def test_an_error_on_the_cpu_copies_nothing(tiny_bundle: Path) -> None:
     with Network(Bundle.open(tiny_bundle), "ort-cpu", "fp32", 1) as network:
         network._engine("segmentation").keep = full  # type: ignore[method-assign]
         with pytest.raises(OutOfMemoryError, match="out of memory"):
-            network.segment({"code1": held})
+            network.segment(two_images()[0], {"code1": held})
 
 
 def test_ort_cuda_copies_itself_where_cuda_python_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,7 +583,7 @@ def test_auto_leaves_a_full_device_and_says_so(full_device: None, tiny_bundle: P
         got = network.register(moving, *codes)
         assert network.notes == [f"GPU of 1 byte: out of device memory; went on with {BACKENDS[0]}"]
         assert network.info.backend == BACKENDS[0]
-        assert network.segment(codes[0]).shape == (4, 32, 32, 32)
+        assert network.segment(moving, codes[0]).shape == (4, 32, 32, 32)
     np.testing.assert_allclose(got.displacement, want.displacement, atol=1e-3)
     with Network(bundle, "full", threads=1) as network:
         codes = [network.encode(image) for image in (moving, fixed)]

@@ -44,7 +44,7 @@ def test_engines_are_opened_once_in_the_order_asked_for(
         network.open_ahead(["encoder", "transformer"])
         codes = network.encode(IMAGE)
         ahead = network.register(IMAGE, codes, codes)
-        network.segment(codes)
+        network.segment(IMAGE, codes)
         network.open_ahead(["encoder", "segmentation"])
     # With the compiled kernels a head that gives the displacement itself needs no transformer.
     transformer = [("transformer", True)] if kernels == "portable" else []
@@ -64,7 +64,7 @@ def test_on_a_large_grid_two_engines_are_open_at_most(
         network.open_ahead(graphs)
         codes = network.encode(IMAGE)
         assert [name for name, _ in opened] == graphs[:2] and set(network._engines) == {"encoder"}
-        probabilities = network.segment(codes)
+        probabilities = network.segment(IMAGE, codes)
         found = network.register(IMAGE, codes, codes)
         assert opened == [(name, True) for name in graphs]
         assert set(network._engines) == {"transformer"} and not network._coming
@@ -73,12 +73,12 @@ def test_on_a_large_grid_two_engines_are_open_at_most(
         for _ in range(2):
             network.open_ahead(graphs)
             network.register(IMAGE, network.encode(IMAGE), codes)
-            network.segment(codes)
+            network.segment(IMAGE, codes)
             assert set(network._engines) == set(graphs) and len(opened) == 7
     monkeypatch.undo()
     with Network(bundle, "ort-cpu", threads=1) as network:
         codes = network.encode(IMAGE)
-        np.testing.assert_array_equal(network.segment(codes), probabilities)
+        np.testing.assert_array_equal(network.segment(IMAGE, codes), probabilities)
         np.testing.assert_allclose(network.register(IMAGE, codes, codes).displacement, found.displacement, atol=2e-5)
 
 
@@ -96,7 +96,7 @@ def test_an_error_is_raised_where_the_engine_is_used(bundle: Bundle, monkeypatch
         codes = network.encode(IMAGE)
         for _ in range(2):
             with pytest.raises(BackendError, match="backend ort-cpu: cannot load it"):
-                network.segment(codes)
+                network.segment(IMAGE, codes)
 
 
 def test_leaving_closes_what_was_never_used(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,7 +284,7 @@ def test_the_reference_pair_makes_the_default_bundle_find_a_tumour() -> None:
     bundle = Bundle.open()
     moving, _, grid = reference_pair(bundle.manifest.model)
     with Network(bundle, "ort-cpu") as network:
-        labels = network.segment(network.encode(moving)).argmax(axis=0)
+        labels = network.segment(moving, network.encode(moving)).argmax(axis=0)
     volume = float((labels > 0).sum()) * grid.voxel_volume_ml
     assert 10.0 < volume < 60.0  # a ball of 18 mm radius holds 24 ml
     assert set(np.unique(labels)) == {0, 1, 2, 3}

@@ -90,7 +90,7 @@ def test_the_ensemble_computes_what_the_network_computes(repository: Path, tiny_
     with Network(bundle, "ort-cpu", threads=1) as network:
         codes = network.encode(moving)
         registered = network.register(moving, codes, network.encode(fixed))
-        probabilities = network.segment(codes)
+        probabilities = network.segment(moving, codes)
     assert sorted(got) == ["displacement", "moved", "probabilities"]
     np.testing.assert_allclose(got["displacement"], registered.displacement, atol=1e-4)
     np.testing.assert_allclose(got["moved"], registered.moved, atol=1e-3)
@@ -120,6 +120,30 @@ def test_an_ensemble_of_several_passes(several_passes: Any, tmp_path: Path, pass
     np.testing.assert_allclose(got["displacement"], registered.displacement, atol=2e-4)
     np.testing.assert_allclose(got["moved"], registered.moved, atol=2e-3)
     assert list(got["moved"].shape) == list(moving.shape)
+
+
+@pytest.mark.parametrize(("orientation", "axis"), [("RAS", 0), ("PIL", 2)])
+def test_an_ensemble_that_mirrors(changed_bundle: Any, tmp_path: Path, orientation: str, axis: int) -> None:
+    from jrs.export.triton import export_triton
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["model"]["mirroring"] = True
+        manifest["model"]["grid"]["orientation"] = orientation
+
+    repository = export_triton(Bundle.open(changed_bundle(change)), tmp_path / "models")
+    for name in ("jrs_mirror", "jrs_mean"):
+        test_a_configuration_says_what_the_graph_is(repository, name)
+    image = np.random.default_rng(0).normal(size=(1, 4, 32, 32, 32)).astype(np.float32)
+    encoder, segmentation = (session(repository / f"jrs_{n}" / "1" / "model.onnx") for n in ("encoder", "segmentation"))
+    one_by_one = []
+    for given in (image, np.flip(image, 2 + axis)):
+        codes = encoder.run(None, {"image": np.ascontiguousarray(given)})
+        one_by_one += segmentation.run(None, {f"code{k}": code for k, code in enumerate(codes, start=1)})
+    want = (one_by_one[0] + np.flip(one_by_one[1], 2 + axis)) / 2
+    got = run_ensemble(repository, image)
+    assert sorted(got) == ["displacement", "moved", "probabilities"]
+    np.testing.assert_allclose(got["probabilities"], want, atol=1e-5)
+    assert np.abs(got["probabilities"] - one_by_one[0]).max() > 0.01
 
 
 def test_the_operator_keeps_its_body(repository: Path) -> None:

@@ -129,7 +129,7 @@ def _mirrored(batch: PairBatch, config: AugmentConfig, draws: _Draws, grid: Grid
         pairs = chosen[:, which]
         if not pairs.any():
             continue
-        axis = next(i for i, letter in enumerate(grid.orientation) if letter in letters)
+        axis = grid.axis_along(letters)
         rows = pairs.nonzero()[:, 0].to(batch.moving.device)
         changes: dict[str, Tensor] = {}
         for name, value in vars(batch).items():

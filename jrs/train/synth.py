@@ -64,8 +64,6 @@ class SyntheticPairs:
         self.codes = joint_codes(maps.classes, maps.structures).to(self.device)
         self.model, self.config, self.seed = model, config, seed
         self._mirror = _mirror_table().to(self.device)
-        # The array axis that runs from left to right.
-        self._lateral = next(axis for axis, code in enumerate(model.grid.orientation) if code in "LR")
 
     def on(self, device: torch.device) -> SyntheticPairs:
         """The same source drawing on another device; its random fields, and so its images, are others there."""
@@ -170,7 +168,7 @@ class SyntheticPairs:
         """(3,1,1,1): -1 along the axis from left to right in a mirrored image."""
         signs = torch.ones(3, 1, 1, 1, device=self.device)
         if mirrored:
-            signs[self._lateral] = -1.0
+            signs[self.model.grid.axis_along("LR")] = -1.0
         return signs
 
     def _anatomy(self, codes: Tensor, coords: Tensor, mirrored: bool, samples: bool = True) -> Anatomy:
