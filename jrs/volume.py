@@ -13,6 +13,9 @@ import numpy.typing as npt
 
 from jrs.geometry import Geometry
 
+MOST_BRAIN_ML = 2300.0
+"""A brain with the fluid around it, loosely stripped, takes less; a head takes 3000 and more."""
+
 
 @dataclass(frozen=True, eq=False)
 class Volume:
@@ -37,6 +40,34 @@ class Volume:
     def foreground(self) -> npt.NDArray[np.bool_]:
         """Voxels of the head or brain; see ``foreground_mask``."""
         return foreground_mask(self.data)
+
+    @property
+    def thinned(self) -> npt.NDArray[Any]:
+        """Every ``thinning``-th voxel along each axis, no fewer than 64 of them where there are: enough for shares."""
+        thin: npt.NDArray[Any] = self.data[tuple(slice(None, None, step) for step in self.thinning)]
+        return thin
+
+    @property
+    def thinning(self) -> tuple[int, int, int]:
+        """What ``thinned`` leaves, along each axis."""
+        a, b, c = (max(1, n // 64) for n in self.data.shape)
+        return a, b, c
+
+    @cached_property
+    def foreground_ml(self) -> float:
+        """Volume of the foreground, estimated from ``thinned``."""
+        share = np.count_nonzero(foreground_mask(self.thinned)) / self.thinned.size
+        return share * self.data.size * self.geometry.voxel_volume_ml
+
+    @property
+    def unstripped(self) -> str | None:
+        """What to tell the user of an image that holds more than a brain: a skull, or a background that is not 0."""
+        if self.foreground_ml <= MOST_BRAIN_ML:
+            return None
+        return (
+            f"{self.foreground_ml / 1000:.1f} litres are above zero, more than a brain: strip the skull first (HD-BET "
+            "or SynthStrip do), with 0 outside the brain"
+        )
 
     @cached_property
     def canonical(self) -> Volume:

@@ -10,15 +10,18 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
+
+import numpy as np
 
 from jrs.errors import MissingInputError, UsageError
 from jrs.headers import shown
 from jrs.manifest import MODALITIES
 from jrs.reading import count_channels, read_channels, read_volume
 from jrs.runtime.bids import MOVED
-from jrs.volume import Volume
+from jrs.volume import Volume, foreground_mask
 
 ENDINGS: dict[str, tuple[str, ...]] = {
     "t1": ("t1", "t1n", "t1w"),
@@ -36,6 +39,9 @@ IMAGE_FILE = re.compile(r"\.(nii|nii\.gz|mgz)$", re.IGNORECASE)
 """How the name of an image ends that a folder is searched for."""
 _ANY_IMAGE = re.compile(r"\.(nii|mgz|mgh|hdr|img)(\.gz)?$", re.IGNORECASE)
 _MOVED = f"_desc-{MOVED}_"
+_LEAST_SHARED = 0.85
+"""Of two modalities' foregrounds; a brain that was moved by 15 mm shares less with itself."""
+_POINTS = 20_000
 _LONGEST_NAME = 120  # bytes: output names add up to about 80, file systems take 255
 
 
@@ -50,6 +56,33 @@ class Case:
     name: str
     images: dict[str, Volume]
     source: Path | None = None
+
+    @cached_property
+    def doubts(self) -> list[str]:
+        """What makes the images poor input, a line each: skulls, and modalities that do not lie on the first."""
+        unstripped = {name: note for name, volume in self.images.items() if (note := volume.unstripped) is not None}
+        doubts = [f"{', '.join(unstripped)}: {note}; do not trust the results" for note in [*unstripped.values()][:1]]
+        first, *others = self.images
+        for name in others:
+            shared = _shared(self.images[first], self.images[name])
+            if shared < _LEAST_SHARED:
+                doubts.append(
+                    f"{name}: does not lie where {first} lies ({100 * shared:.0f} % of the smaller foreground is in "
+                    "the other's); register the modalities of a case to each other first, or check their headers"
+                )
+        return doubts
+
+
+def _shared(one: Volume, other: Volume) -> float:
+    """The share of the smaller foreground that lies in the other, off some thousand points."""
+    larger, smaller = sorted((one, other), key=lambda volume: -volume.foreground_ml)
+    index = np.argwhere(foreground_mask(smaller.thinned)) * smaller.thinning
+    index = index[:: max(1, len(index) // _POINTS)]
+    found = np.rint(larger.geometry.to_voxels(smaller.geometry.to_ras(index))).astype(int)
+    inside = ((found >= 0) & (found < larger.geometry.shape)).all(axis=1)
+    values = np.zeros(len(index), dtype=larger.data.dtype)
+    values[inside] = larger.data[tuple(found[inside].T)]
+    return float(foreground_mask(values).mean()) if len(index) else 0.0
 
 
 def find_case(folder: Path | str) -> dict[str, Path]:

@@ -161,6 +161,7 @@ class FixedImages:
                 inputs, notes = self._input(shelf, spec, f"the atlas {path}")
             healthy = path.parent == DATA / "atlases"
             encode = partial(self._codes, shelf, spec, inputs)
+            notes = *notes, *(f"the atlas {path}: {note}" for note in case.doubts)
             self._known[key] = FixedImage(label, case, inputs.grid, inputs, encode, healthy, shelf, notes)
         return self._known[key]
 

@@ -369,6 +369,7 @@ def _native_labels(sampler: LabelSampler, native: Geometry) -> npt.NDArray[np.ui
 def _notes(case: Case, spec: ModelSpec, segments: bool) -> list[str]:
     channels = spec.channels
     notes = [f"{name}: {note}" for name, volume in case.images.items() for note in volume.notes]
+    notes += case.doubts
     missing = [channel for channel in channels if channel not in case.images]
     if missing and segments:
         guess = ", and what may enhance counts as core" if "t1ce" in missing and len(spec.labels) == 4 else ""

@@ -94,10 +94,9 @@ class Result:
         return output_names(self.case, self.atlas)
 
     def skull_stripped(self, modality: str) -> bool:
-        """Whether an image has a background of exact zeros, as skull-stripped images do."""
-        data = self.case.images[modality].data
-        sample = data[tuple(slice(None, None, max(1, n // 64)) for n in data.shape)]
-        return bool((sample <= 0).mean() > _STRIPPED_SHARE)
+        """Whether an image has a background of exact zeros, as skull-stripped images do, and no head's volume."""
+        volume = self.case.images[modality]
+        return bool((volume.thinned <= 0).mean() > _STRIPPED_SHARE) and volume.unstripped is None
 
     def images(self) -> dict[str, str]:
         """The images that ``save`` writes: kind to file name."""

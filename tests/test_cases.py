@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from jrs.errors import BadDataError, JrsError, MissingInputError, UsageError
-from jrs.runtime.cases import MODALITIES, find_case, load_case
+from jrs.geometry import Geometry
+from jrs.runtime.cases import MODALITIES, Case, find_case, load_case
+from jrs.volume import Volume
 
 
 def image(path: Path, level: int = 100, volumes: int = 0, shape: tuple[int, int, int] = (4, 3, 2)) -> Path:
@@ -370,3 +372,36 @@ def test_of_several_damaged_files_the_first_modality_is_named(tmp_path: Path) ->
         path.write_bytes(path.read_bytes()[:-1] if ending == "t1ce" else b"nothing")
     # t1ce is found wrong only at its end, after the others.
     assert "a_t1ce.nii.gz" in usage("cut off", tmp_path, error=BadDataError)
+
+
+def ball(radius_mm: float, center_x_mm: float, spacing_mm: tuple[float, float, float], extent_mm: float) -> Volume:
+    """Bright within a ball, 0 outside, around the world's origin but for ``center_x_mm``."""
+    a, b, c = (int(extent_mm / s) for s in spacing_mm)
+    shape = a, b, c
+    geometry = Geometry.aligned(shape, spacing_mm, np.zeros(3), "RAS")
+    points = geometry.to_ras(np.moveaxis(np.indices(shape), 0, -1).reshape(-1, 3)) - [center_x_mm, 0.0, 0.0]
+    inside = (np.linalg.norm(points, axis=1) < radius_mm).reshape(shape)
+    return Volume(np.where(inside, 100.0, 0.0).astype(np.float32), geometry)
+
+
+@pytest.mark.parametrize(("shift_mm", "told"), [(0.0, None), (5.0, None), (30.0, 70), (-60.0, 43), (150.0, 0)])
+@pytest.mark.parametrize("spacing_mm", [(2.0, 2.0, 2.0), (1.1, 2.5, 5.0)])
+def test_modalities_that_lie_apart_are_told(
+    shift_mm: float, told: int | None, spacing_mm: tuple[float, float, float]
+) -> None:
+    """Two balls of radius r at distance d share 1 - 3d / 4r + d^3 / 16r^3 of each."""
+    images = {"t1": ball(75.0, 0.0, (2.0, 2.0, 2.0), 200.0), "t2": ball(75.0, shift_mm, spacing_mm, 460.0)}
+    doubts = Case("x", images).doubts
+    if told is None:
+        assert not doubts
+    else:
+        (doubt,) = doubts
+        assert doubt.startswith("t2: does not lie where t1 lies (")
+        assert abs(int(doubt.split("(")[1].split(" %")[0]) - told) <= 1
+
+
+def test_an_image_that_sees_less_of_the_brain_lies_where_the_other_lies() -> None:
+    whole = ball(75.0, 0.0, (2.0, 2.0, 2.0), 200.0)
+    slab = Volume(whole.data[:, :, 30:60], whole.geometry.part((slice(0, 100), slice(0, 100), slice(30, 60))))
+    assert not Case("x", {"t1": whole, "flair": slab}).doubts
+    assert not Case("x", {"t1": slab, "flair": whole}).doubts

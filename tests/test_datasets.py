@@ -560,6 +560,7 @@ def spoiled(value: float, share: float) -> Callable[[Array], Array]:
     [
         ("t1", lambda data: np.zeros_like(data), "error", "every voxel is 0"),
         ("t1", lambda data: data * (data > np.percentile(data, 99.5)), "error", "no brain"),
+        ("t1", lambda data: data + 100.0, "warning", "more than a brain"),
         ("t1", spoiled(np.nan, 0.5), "error", "NaN"),
         ("t1", spoiled(np.nan, 0.001), "warning", "NaN"),
         ("seg", lambda data: np.zeros_like(data), "warning", "no tumour"),

@@ -106,8 +106,8 @@ def run(pipeline: Pipeline, phantom: Any, tmp_path_factory: pytest.TempPathFacto
     kept = {}
     segment = pipeline.network.segment
 
-    def keeping(codes: Any) -> Any:
-        kept["probabilities"] = segment(codes)
+    def keeping(image: Any, codes: Any) -> Any:
+        kept["probabilities"] = segment(image, codes)
         return kept["probabilities"].copy()
 
     pipeline.network.segment = keeping  # type: ignore[method-assign]
@@ -579,6 +579,31 @@ def test_a_missing_modality_is_a_warning(quick: Callable[..., Result], tmp_path:
     assert moved == {MOVED["t1"]}
     report = strict_json(folder / "case7_report.json")
     assert report["modalities"] == ["t1"] and report["warnings"] == list(result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("radius_mm", "background", "litres"),
+    [(80.0, 0.0, None), (80.0, -1.0, None), (92.0, 0.0, "3.3"), (60.0, 20.0, "8.0")],
+    ids=["brain", "negative-outside", "head", "nothing-is-0"],
+)
+def test_more_than_a_brain_is_told(
+    pipeline: Pipeline, helpers: Any, tmp_path: Path, radius_mm: float, background: float, litres: str | None
+) -> None:
+    """Balls: 4/3 pi r^3 is 2.1, 3.3 and 0.9 litres, the whole field of view 8."""
+    axis = np.arange(-98.0, 101.0, 4.0)
+    distance = np.sqrt(sum(np.square(part) for part in np.meshgrid(axis, axis, axis, indexing="ij")))
+    data = np.where(distance < radius_mm, 100.0 + distance, background).astype(np.float32)
+    affine = np.diag([4.0, 4.0, 4.0, 1.0])
+    affine[:3, 3] = -98.0
+    image = helpers.write_image(tmp_path / "ball_t1.nii.gz", data, affine)
+    result = pipeline.infer(image, image, affine="off", refine=0, segment=False, inverse=False)
+    told = [warning for warning in result.warnings if "skull" in warning]
+    if litres is None:
+        assert not told
+    else:
+        assert [f"the atlas {image}" in warning for warning in told] == [True, False]
+        assert all(f"t1: {litres} litres" in warning for warning in told)
+    assert result.skull_stripped("t1") is (litres is None)
 
 
 def refusal(kind: type[JrsError], call: Callable[[], Any]) -> str:

@@ -661,8 +661,8 @@ def test_small_regions_seen_in_t1_alone_are_left_out(
     """And the report says so; with the other modalities the same region stays."""
     segment = pipeline.network.segment
 
-    def with_a_spot(codes: Any) -> Array:
-        found = np.zeros_like(segment(codes))
+    def with_a_spot(image: Any, codes: Any) -> Array:
+        found = np.zeros_like(segment(image, codes))
         found[0] = 1.0
         # Half a millilitre in voxels of 5 mm.
         found[:, 14:16, 14:16, 14] = np.eye(len(found), dtype=np.float32)[2].reshape(-1, 1, 1)

@@ -239,10 +239,11 @@ def _voxels(case: TrainingCase) -> tuple[dict[int, int] | None, tuple[str, ...],
             findings += [
                 Finding("warning" if "NaN" in note else "note", f"{modality}: {note}") for note in volume.notes
             ]
-            extent_ml = np.count_nonzero(volume.foreground()) * volume.geometry.voxel_volume_ml
-            if extent_ml < _LEAST_ML:
-                text = f"{modality}: only {extent_ml:.0f} ml are above zero, no brain is in it"
+            if volume.foreground_ml < _LEAST_ML:
+                text = f"{modality}: only {volume.foreground_ml:.0f} ml are above zero, no brain is in it"
                 findings.append(Finding("error", text))
+            elif (note := volume.unstripped) is not None:
+                findings.append(Finding("warning", f"{modality}: {note}"))
     except JrsError as error:
         findings.append(Finding("error", str(error)))
     if case.segmentation is not None:
