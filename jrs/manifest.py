@@ -68,6 +68,7 @@ class ModelSpec:
             10.1109/ICCV.2019.01070, here with one network's weights throughout).
         mirroring: whether an image is segmented with left and right exchanged as well, and the probabilities are the
             mean of both (as nnU-Net does along every axis: Isensee et al. 2021, doi 10.1038/s41592-020-01008-z).
+        certainty: the mean probability of being tumour that a connected region has to have to be labelled as one.
     """
 
     architecture: Architecture = field(default_factory=Architecture)
@@ -79,6 +80,7 @@ class ModelSpec:
     label_values: tuple[int, ...] = (0, 1, 2, 4)
     passes: int = 1
     mirroring: bool = False
+    certainty: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.channels) != self.architecture.in_channels:
@@ -95,6 +97,8 @@ class ModelSpec:
             raise ConfigurationError("optional_channels names a channel that is not in channels")
         if not 1 <= self.passes <= MOST_PASSES:
             raise ConfigurationError(f"passes must lie between 1 and {MOST_PASSES}, not {self.passes}")
+        if not 0.0 <= self.certainty < 1.0:
+            raise ConfigurationError(f"certainty must lie from 0 to below 1, not {self.certainty}")
         if len(self.labels) != self.architecture.num_labels or len(self.label_values) != len(self.labels):
             raise ConfigurationError(
                 f"{len(self.labels)} labels and {len(self.label_values)} values for a network of "

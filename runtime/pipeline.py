@@ -43,10 +43,13 @@ from jrs.runtime.results import Result
 from jrs.runtime.sampling import Sampled
 from jrs.runtime.transform import Transform
 from jrs.runtime.transform_files import load_affine
-from jrs.runtime.tumors import Tumors, drop_specks, drop_traces, shows_enhancement, shows_tumors, smallest_ml
+from jrs.runtime.tumors import Tumors, drop_doubtful, drop_traces, shows_enhancement, shows_tumors, smallest_ml
 from jrs.volume import occupied
 
 Array = npt.NDArray[np.float32]
+
+_WORTH_TELLING_ML = 0.3
+"""Of what was left out of the labels."""
 
 
 @dataclass(frozen=True)
@@ -288,17 +291,17 @@ class Pipeline:
         return _Deformation(refined.displacement, moved, record, tuple(notes), refined.one_head)
 
     def _segmented(self, codes: Codes, image: NetworkInput) -> tuple[Array, list[str]]:
-        """Probabilities (K,X,Y,Z) without what is too small to be believed, and what to say of regions left out."""
+        """Probabilities (K,X,Y,Z) without regions that are not to be believed, and what to say of these."""
         probabilities = self.network.segment(image.tensor, codes)
-        channels = self.network.bundle.manifest.model.channels
-        least = smallest_ml(image, channels)
-        dropped = drop_specks(probabilities, image.grid, least)
-        drop_traces(probabilities, image.grid, shows_enhancement(image, channels))
-        if not dropped or shows_tumors(image, channels):
+        model = self.network.bundle.manifest.model
+        least = smallest_ml(image, model.channels)
+        dropped = drop_doubtful(probabilities, image.grid, least, model.certainty)
+        drop_traces(probabilities, image.grid, shows_enhancement(image, model.channels))
+        if dropped < _WORTH_TELLING_ML:
             return probabilities, []
         return probabilities, [
-            f"{dropped:.2g} ml were left out of the labels: regions below {least:g} ml, which T1 alone does not tell "
-            "from healthy tissue"
+            f"{dropped:.2g} ml were left out of the labels: regions below {least:g} ml, or with a mean probability of "
+            f"tumour below {model.certainty:g}, are not told from healthy tissue"
         ]
 
     def _tumors(self, probabilities: Array | None, fixed: FixedImage) -> Tumors:

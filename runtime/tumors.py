@@ -58,18 +58,23 @@ def smallest_ml(image: NetworkInput, channels: Sequence[str]) -> float:
     return _SPECK_ML if shows_tumors(image, channels) else _FAINT_ML
 
 
-def drop_specks(probabilities: Array, grid: Geometry, least_ml: float) -> float:
-    """Make background of connected regions smaller than ``least_ml``, in ``probabilities`` (K,X,Y,Z); ml dropped."""
+def drop_doubtful(probabilities: Array, grid: Geometry, least_ml: float, certainty: float) -> float:
+    """Make background of doubtful regions, in ``probabilities`` (K,X,Y,Z); returns how many ml they were.
+
+    A connected region is doubtful if it is smaller than ``least_ml``, or if its mean probability of being tumour, of
+    any class, is below ``certainty``.
+    """
     mask = foreground(probabilities)
     if not mask.any():
         return 0.0
     box = occupied([mask])
     labels = _labelled(mask[box])
     counts = np.bincount(labels.ravel())
-    small = counts * grid.voxel_volume_ml < least_ml
-    small[0] = False
-    probabilities[(slice(None), *box)][:, small[labels]] = np.eye(len(probabilities), 1, dtype=np.float32)
-    return float(counts[small].sum() * grid.voxel_volume_ml)
+    certain = np.bincount(labels.ravel(), 1.0 - probabilities[(0, *box)].ravel()) / np.maximum(counts, 1)
+    doubtful = (counts * grid.voxel_volume_ml < least_ml) | (certain < certainty)
+    doubtful[0] = False
+    probabilities[(slice(None), *box)][:, doubtful[labels]] = np.eye(len(probabilities), 1, dtype=np.float32)
+    return float(counts[doubtful].sum() * grid.voxel_volume_ml)
 
 
 def shows_enhancement(image: NetworkInput, channels: Sequence[str]) -> bool:

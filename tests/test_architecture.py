@@ -215,6 +215,8 @@ def test_every_orientation_is_taken() -> None:
         {"architecture": Architecture(num_labels=3)},
         {"passes": 0},
         {"passes": 5},
+        {"certainty": 1.0},
+        {"certainty": -0.1},
     ],
 )
 def test_a_model_whose_parts_disagree(change: dict[str, Any]) -> None:

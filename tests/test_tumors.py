@@ -13,7 +13,7 @@ from jrs.geometry import Geometry
 from jrs.runtime.cases import Case
 from jrs.runtime.refine import Refiner
 from jrs.runtime.sampling import affine_coords
-from jrs.runtime.tumors import Tumors, drop_specks, drop_traces
+from jrs.runtime.tumors import Tumors, drop_doubtful, drop_traces
 from jrs.volume import Volume
 
 Array = np.ndarray[Any, Any]
@@ -56,7 +56,7 @@ def test_regions_too_small_to_be_believed_become_background(grid: Geometry) -> N
     assert count > 50 and (sizes > 1.0).sum() == 1 and ((sizes > 0.3) & (sizes < 1.0)).sum() >= 1
     for least in (0.0, 0.3, 1.0, 99.0):
         given = probabilities(mask)
-        dropped = drop_specks(given, grid, least)
+        dropped = drop_doubtful(given, grid, least, 0.0)
         kept = np.isin(labels, 1 + np.flatnonzero(sizes >= least))
         np.testing.assert_array_equal(given, np.where(kept, probabilities(mask), probabilities(np.zeros(SHAPE, bool))))
         assert dropped == pytest.approx(sizes[sizes < least].sum())
@@ -64,7 +64,28 @@ def test_regions_too_small_to_be_believed_become_background(grid: Geometry) -> N
 
 def test_nothing_found_is_nothing_dropped(grid: Geometry) -> None:
     given = probabilities(np.zeros(SHAPE, bool))
-    assert drop_specks(given, grid, 1.0) == 0.0 and (given[0] == 1.0).all()
+    assert drop_doubtful(given, grid, 1.0, 0.8) == 0.0 and (given[0] == 1.0).all()
+
+
+@pytest.mark.parametrize(("certainty", "kept"), [(0.0, (True, True)), (0.8, (True, False)), (0.95, (False, False))])
+def test_regions_of_little_certainty_are_dropped(grid: Geometry, certainty: float, kept: tuple[bool, bool]) -> None:
+    """Two balls, tumour by 0.9 and 0.7 in the mean, each with voxels that are certain."""
+    balls = [ball(grid, (-25.0, 0.0, 8.0), 12.0), ball(grid, (25.0, 0.0, 8.0), 12.0)]
+    assert not (balls[0] & balls[1]).any()
+    given = probabilities(np.zeros(SHAPE, bool))
+    for where, mean in zip(balls, (0.9, 0.7), strict=True):
+        count = int(where.sum())
+        tumor = np.full(count, 0.6)
+        tumor[: round(count * (mean - 0.6) / 0.4)] = 1.0
+        assert tumor.mean() == pytest.approx(mean, abs=0.01)
+        given[0, where], given[1, where], given[2, where] = 1.0 - tumor, tumor, 0.0
+    before = given.copy()
+    dropped = drop_doubtful(given, grid, 0.05, certainty)
+    gone = np.zeros(SHAPE, bool)
+    for where, stays in zip(balls, kept, strict=True):
+        gone |= where & (not stays)
+    np.testing.assert_array_equal(given, np.where(gone, probabilities(np.zeros(SHAPE, bool)), before))
+    assert dropped == pytest.approx(gone.sum() * grid.voxel_volume_ml)
 
 
 @pytest.mark.parametrize(("voxels", "kept"), [(0, False), (13, False), (14, True), (200, True)])
