@@ -43,7 +43,7 @@ from jrs.runtime.results import Result
 from jrs.runtime.sampling import Sampled
 from jrs.runtime.transform import Transform
 from jrs.runtime.transform_files import load_affine
-from jrs.runtime.tumors import Tumors, drop_doubtful, drop_traces, shows_enhancement, shows_tumors, smallest_ml
+from jrs.runtime.tumors import Tumors, drop_unbelievable, shows_tumors
 from jrs.volume import occupied
 
 Array = npt.NDArray[np.float32]
@@ -293,16 +293,11 @@ class Pipeline:
     def _segmented(self, codes: Codes, image: NetworkInput) -> tuple[Array, list[str]]:
         """Probabilities (K,X,Y,Z) without regions that are not to be believed, and what to say of these."""
         probabilities = self.network.segment(image.tensor, codes)
-        model = self.network.bundle.manifest.model
-        least = smallest_ml(image, model.channels)
-        dropped = drop_doubtful(probabilities, image.grid, least, model.certainty)
-        drop_traces(probabilities, image.grid, shows_enhancement(image, model.channels))
+        dropped, rule = drop_unbelievable(probabilities, image, self.network.bundle.manifest.model)
         if dropped < _WORTH_TELLING_ML:
             return probabilities, []
-        return probabilities, [
-            f"{dropped:.2g} ml were left out of the labels: regions below {least:g} ml, or with a mean probability of "
-            f"tumour below {model.certainty:g}, are not told from healthy tissue"
-        ]
+        note = f"{dropped:.2g} ml were left out of the labels: {rule}, are not told from healthy tissue"
+        return probabilities, [note]
 
     def _tumors(self, probabilities: Array | None, fixed: FixedImage) -> Tumors:
         """What to leave out of the fixed image; atlases that ship with jrs, and most of T1 alone, are healthy."""

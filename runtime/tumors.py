@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jrs.geometry import FloatArray, Geometry
+from jrs.manifest import ModelSpec
 from jrs.runtime.labels import foreground
 from jrs.runtime.preprocess import NetworkInput
 from jrs.runtime.sampling import affine_coords, sample
@@ -75,6 +76,15 @@ def drop_doubtful(probabilities: Array, grid: Geometry, least_ml: float, certain
     doubtful[0] = False
     probabilities[(slice(None), *box)][:, doubtful[labels]] = np.eye(len(probabilities), 1, dtype=np.float32)
     return float(counts[doubtful].sum() * grid.voxel_volume_ml)
+
+
+def drop_unbelievable(probabilities: Array, image: NetworkInput, model: ModelSpec) -> tuple[float, str]:
+    """Leave in ``probabilities`` (K,X,Y,Z) of an image what is to be believed; how many ml went, and by what rule."""
+    least = smallest_ml(image, model.channels)
+    dropped = drop_doubtful(probabilities, image.grid, least, model.certainty)
+    drop_traces(probabilities, image.grid, shows_enhancement(image, model.channels))
+    rule = f"regions below {least:g} ml, or with a mean probability of tumour below {model.certainty:g}"
+    return dropped, rule
 
 
 def shows_enhancement(image: NetworkInput, channels: Sequence[str]) -> bool:
