@@ -53,6 +53,13 @@ def infer(
             "--refine", min=0, help="Iterations on this pair at the finest level (default: 4); 0: the network alone."
         ),
     ] = None,
+    same_patient: Annotated[
+        bool | None,
+        typer.Option(
+            "--same-patient/--other-patient",
+            help="Whether the atlas is the patient's scan of another time, for the refinement (default: found out).",
+        ),
+    ] = None,
     backend: Annotated[
         str,
         typer.Option(
@@ -85,6 +92,7 @@ def infer(
         segment=seg,
         inverse=inverse,
         label_scheme=label_scheme,
+        same_patient=same_patient,
         keep_clear_of=None if overwrite else out,
         **({} if refine is None else {"refine": refine}),
     )

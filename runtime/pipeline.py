@@ -59,7 +59,8 @@ class InferOptions:
     ``affine``: ``auto`` (12 parameters), ``rigid``, ``off`` (the images share a space), or an ITK affine file.
     ``segment``, ``inverse``: whether to make the labels and the inverse field. ``label_scheme``: what the labels
     are written as, ``brats2018`` (enhancing 4), ``brats2023`` (enhancing 3) or the bundle's own. ``refine``:
-    iterations of the refinement at its finest level, 0 for none. ``keep_clear_of``: stop before the work if this
+    iterations of the refinement at its finest level, 0 for none. ``same_patient``: whether the atlas is a scan of the
+    case's patient at another time; None: found out by the refinement. ``keep_clear_of``: stop before the work if this
     folder holds the case's results for this atlas already.
     """
 
@@ -71,6 +72,7 @@ class InferOptions:
     inverse: bool = True
     label_scheme: str = OWN_SCHEME
     refine: int = DEFAULT_ITERATIONS
+    same_patient: bool | None = None
     keep_clear_of: Path | None = None
 
 
@@ -195,7 +197,7 @@ class Pipeline:
             with clock.stage("segmentation"):
                 probabilities, note = self._segmented(codes, inputs)
             warnings += note
-        found = self._deformation(moving, fixed, inputs, both, probabilities, affine, options.refine, clock)
+        found = self._deformation(moving, fixed, inputs, both, probabilities, affine, options, clock)
         del codes, both  # 0.16 GB at 1 mm
         warnings += [*self.network.notes, *found.notes]
         transform = Transform(affine, found.displacement, self.threads)
@@ -269,21 +271,23 @@ class Pipeline:
         codes: tuple[Codes, Codes],
         probabilities: Array | None,
         affine: FloatArray,
-        iterations: int,
+        options: InferOptions,
         clock: _Clock,
     ) -> _Deformation:
         """The network's displacement, refined on the pair where iterations are asked for."""
         with clock.stage("registration"):
             registered = self.network.register(inputs.tensor, *codes)
         displacement = DisplacementField.from_voxels(registered.displacement[0], fixed.grid)
-        if not iterations:
+        if not options.refine:
             return _Deformation(displacement, registered.moved[0])
+        # An atlas that ships with jrs is nobody's earlier scan.
+        same_patient = False if options.same_patient is None and fixed.healthy else options.same_patient
         with clock.stage("refinement"):
             channels = self.network.bundle.manifest.model.channels
             tumors = Tumors.found(probabilities, fixed.grid, self.threads, shows_tumors(inputs, channels))
             images = (moving, tumors), (fixed.case, self._tumors(probabilities, fixed))
             refined, notes = self.refiner.refine_case(
-                *images, affine, displacement, iterations, fixed, strangers=fixed.healthy
+                *images, affine, displacement, options.refine, fixed, same_patient
             )
             network = similarity(inputs, fixed.input, registered.moved[0], probabilities, channels)
             record = {**refined.summary(), "similarity_before": network and network["after"]}

@@ -60,8 +60,8 @@ _TWO_HEADS = (Stage(0, 3, 1.7, 0.7), Stage(1, 2, 1.0, 0.4), Stage(2, 1, 0.8, 0.3
 _ONE_HEADS = (
     Stage(0, 12, 2.5, 0.5),
     Stage(1, 12, 3.0, 0.4),
-    Stage(1, 12, 2.0, 0.4),
-    Stage(2, 4, 1.6, 0.35),
+    Stage(1, 12, 2.5, 0.4),
+    Stage(2, 4, 2.4, 0.35),
 )
 """Between two images of one head all that there is to find is smooth, and more iterations find more of it."""
 _MARGIN_MM = 6.0
@@ -70,7 +70,7 @@ _WORTHWHILE = 0.6
 _WORTH_A_TRIAL = 0.82
 """A smooth deformation at the coarse level that makes two images less like than this part of what the network does
 is none of one head's."""
-_ONE_HEAD = 0.89
+_ONE_HEAD = 0.86
 """One head's images are made this nearly as like by a smooth deformation as by one that is not."""
 _TRIAL = 6
 """Iterations at the second level, for each one by default at the finest."""
@@ -221,13 +221,13 @@ class Refiner:
         start: DisplacementField,
         iterations: int,
         shelf: Shelf | None = None,
-        strangers: bool = False,
+        same_patient: bool | None = None,
     ) -> tuple[Refined, list[str]]:
         """Improve ``start`` on the modalities that both cases have; and what the user should know.
 
         Without a shared modality the first of each are compared: squared correlation also holds where one image
-        is bright and the other dark. ``shelf`` keeps the fixed image's pyramids from case to case. ``strangers``: the
-        images are known not to be of one head, as a case's and an atlas's that ships with jrs.
+        is bright and the other dark. ``shelf`` keeps the fixed image's pyramids from case to case.
+        ``same_patient``: as ``refine`` takes it.
         """
         notes = []
         ours = theirs = [name for name in moving[0].images if name in fixed[0].images]
@@ -242,10 +242,15 @@ class Refiner:
 
         atlas = make() if shelf is None else shelf.pyramid(grids, theirs, fixed[1], make)
         images = pyramid(moving[0].images, ours, grids, affine, moving[1], self.threads)
-        return self.refine(images, atlas, start, iterations, strangers), notes
+        return self.refine(images, atlas, start, iterations, same_patient), notes
 
     def refine(
-        self, moving: Pyramid, fixed: Pyramid, start: DisplacementField, iterations: int, strangers: bool = False
+        self,
+        moving: Pyramid,
+        fixed: Pyramid,
+        start: DisplacementField,
+        iterations: int,
+        same_patient: bool | None = None,
     ) -> Refined:
         """Improve ``start``, ``iterations`` times at the finest level and a multiple of it at each coarser one.
 
@@ -253,13 +258,15 @@ class Refiner:
         ``Transform`` says.
 
         Images of one head at two times differ by less than the network, which has learnt how heads differ, adds of
-        its own. They are told by a smooth deformation: begun from the affine alone, it makes them nearly as similar
-        as less smooth ones do, from there or from the network's displacement; two heads stay far behind. They are
-        refined from there, by stages of their own.
+        its own. Unless ``same_patient`` says whether they are, they are told by a smooth deformation: begun from the
+        affine alone, it makes them nearly as similar as less smooth ones do, from there or from the network's
+        displacement; two heads stay far behind. They are refined from there, by stages of their own.
         If the fixed one shows a tumour as well, what became of it is theirs to show: none is held rigid.
         """
         with self._level() as level_by:
-            begun = None if strangers else self._of_one_head(level_by, moving, fixed, start)
+            begun = None
+            if same_patient is not False:
+                begun = self._of_one_head(level_by, moving, fixed, start, certain=same_patient is True)
             one_head, (field, tried) = begun is not None, begun or (start, 0)
             free = one_head and bool(fixed.tumors.lesions)
             finest = len(fixed.grids) - 1
@@ -308,14 +315,14 @@ class Refiner:
         return refined.vectors_mm, int(result["done"]), (before, after)
 
     def _of_one_head(
-        self, level_by: _LevelBy, moving: Pyramid, fixed: Pyramid, start: DisplacementField
+        self, level_by: _LevelBy, moving: Pyramid, fixed: Pyramid, start: DisplacementField, certain: bool
     ) -> tuple[DisplacementField, int] | None:
         """What the coarse level makes of the affine alone, and its iterations, if that tells the images as one head's.
 
-        In a number of iterations of its own, so that what is one head's does not depend on what was asked for, and on
-        the first modality alone, which takes a share of the time.
+        If that is ``certain`` it is not tried. In a number of iterations of its own, so that what is one head's does
+        not depend on what was asked for, and on the first modality alone, which takes a share of the time.
         """
-        if len(fixed.grids) < 2:
+        if len(fixed.grids) < 2 and not certain:
             return None
         climb = partial(self._climb, level_by, _first_modality(moving), _first_modality(fixed))
         coarse, smooth, *_ = _ONE_HEADS
@@ -324,6 +331,8 @@ class Refiner:
         nothing = DisplacementField(np.zeros((3, *grids[0].shape), dtype=np.float32), grids[0])
         u_mm, worked, _ = climb(coarse, nothing, DEFAULT_ITERATIONS * coarse.share)
         begun = DisplacementField(u_mm, grids[0])
+        if certain:
+            return begun, worked
         by_coarse, by_start = (climb(finer, field, 1)[2][0] for field in (begun, start))
         if not by_coarse >= _WORTH_A_TRIAL * by_start > 0.0:
             return None

@@ -79,12 +79,12 @@ def infer(tiny_bundle: Path, phantom: Any, tmp_path: Path) -> Callable[..., subp
 
 def test_the_command_and_the_library_do_the_same_unless_told_otherwise() -> None:
     options, command = InferOptions(), inspect.signature(infer_command).parameters
-    for name, option in {"affine": "affine", "segment": "seg", "inverse": "inverse"}.items():
-        assert command[option].default == getattr(options, name)
+    for name in ("affine", "inverse", "same_patient", "label_scheme"):
+        assert command[name].default == getattr(options, name)
+    assert command["seg"].default == options.segment
     assert command["refine"].default is None  # the library's, which the help names
     hint = typing.get_type_hints(infer_command, include_extras=True)["refine"]
     assert f"(default: {options.refine})" in hint.__metadata__[0].help
-    assert command["label_scheme"].default == options.label_scheme
 
 
 @pytest.mark.parametrize("verb", [None, "infer", "train", "export", "import-weights"])

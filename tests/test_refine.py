@@ -390,8 +390,8 @@ def test_of_one_head_the_truth_is_found_whatever_the_start_added(
     assert np.linalg.norm(0.6 * noise.vectors_mm, axis=0).mean() > 1.0
     none = Tumors(None, grid)
     images = (case(t1=moving), none), (case(t1=fixed), none)
-    strangers, _ = Refiner("ort-cpu", threads=1).refine_case(*images, np.eye(4), start, 4, strangers=True)
-    assert not strangers.one_head and strangers.iterations != found.iterations
+    others, _ = Refiner("ort-cpu", threads=1).refine_case(*images, np.eye(4), start, 4, same_patient=False)
+    assert not others.one_head and others.iterations != found.iterations
     # More iterations, and at the coarse level those that told.
     most = [4 * (12 + 12) + 12, 4 * (12 + 12)]
     assert all(0 < done <= limit for done, limit in zip(found.iterations, most, strict=False))
@@ -407,6 +407,19 @@ def test_two_heads_keep_the_networks_start(ripples: tuple[Volume, Volume, Displa
     start = DisplacementField(np.float32(knows) * truth.vectors_mm, truth.geometry)
     found = from_start(moving, Volume(mixed, fixed.geometry), start, 4)
     assert not found.one_head and found.similarity_after >= found.similarity_before
+    none = Tumors(None, truth.geometry)
+    images = (case(t1=moving), none), (case(t1=Volume(mixed, fixed.geometry)), none)
+    own_way, _ = Refiner("ort-cpu", threads=1).refine_case(*images, np.eye(4), start, 4, same_patient=True)
+    assert own_way.one_head and own_way.iterations[0] >= 48
+
+
+@pytest.mark.parametrize(("same_patient", "start"), [(True, "affine"), (False, "network")])
+def test_the_user_knows_whose_scans_they_are(
+    pipeline: Pipeline, phantom: Any, same_patient: bool, start: str
+) -> None:
+    for atlas in (phantom.atlas, "sri24"):
+        result = pipeline.infer(phantom.folder, atlas, refine=1, same_patient=same_patient, inverse=False)
+        assert result.refinement is not None and result.refinement["start"] == start
 
 
 def test_part_of_the_head_outside_the_moving_image(pair: tuple[Volume, Volume, Geometry]) -> None:
