@@ -300,7 +300,7 @@ class Pipeline:
         dropped, rule = drop_unbelievable(probabilities, image, self.network.bundle.manifest.model)
         if dropped < _WORTH_TELLING_ML:
             return probabilities, []
-        note = f"{dropped:.2g} ml were left out of the labels: {rule}, are not told from healthy tissue"
+        note = f"{dropped:.2g} ml were left out of the labels: {rule} are not told from healthy tissue"
         return probabilities, [note]
 
     def _tumors(self, probabilities: Array | None, fixed: FixedImage) -> Tumors:

@@ -83,8 +83,8 @@ def drop_unbelievable(probabilities: Array, image: NetworkInput, model: ModelSpe
     least = smallest_ml(image, model.channels)
     dropped = drop_doubtful(probabilities, image.grid, least, model.certainty)
     drop_traces(probabilities, image.grid, shows_enhancement(image, model.channels))
-    rule = f"regions below {least:g} ml, or with a mean probability of tumour below {model.certainty:g}"
-    return dropped, rule
+    sure = f", or with a mean probability of tumour below {model.certainty:g}," if model.certainty else ""
+    return dropped, f"regions below {least:g} ml{sure}"
 
 
 def shows_enhancement(image: NetworkInput, channels: Sequence[str]) -> bool:
