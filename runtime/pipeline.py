@@ -282,10 +282,12 @@ class Pipeline:
             return _Deformation(displacement, registered.moved[0])
         # An atlas that ships with jrs is nobody's earlier scan.
         same_patient = False if options.same_patient is None and fixed.healthy else options.same_patient
+        with clock.stage("segmentation"):
+            theirs = self._tumors(probabilities, fixed)
         with clock.stage("refinement"):
             channels = self.network.bundle.manifest.model.channels
             tumors = Tumors.found(probabilities, fixed.grid, self.threads, shows_tumors(inputs, channels))
-            images = (moving, tumors), (fixed.case, self._tumors(probabilities, fixed))
+            images = (moving, tumors), (fixed.case, theirs)
             refined, notes = self.refiner.refine_case(
                 *images, affine, displacement, options.refine, fixed, same_patient
             )

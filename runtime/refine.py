@@ -60,7 +60,7 @@ _TWO_HEADS = (Stage(0, 3, 1.7, 0.7), Stage(1, 2, 1.0, 0.4), Stage(2, 1, 0.8, 0.3
 _ONE_HEADS = (
     Stage(0, 12, 2.5, 0.5),
     Stage(1, 12, 3.0, 0.4),
-    Stage(1, 12, 2.5, 0.4),
+    Stage(1, 7, 2.5, 0.4),
     Stage(2, 4, 2.4, 0.35),
 )
 """Between two images of one head all that there is to find is smooth, and more iterations find more of it."""
