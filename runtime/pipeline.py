@@ -282,8 +282,7 @@ class Pipeline:
             return _Deformation(displacement, registered.moved[0])
         # An atlas that ships with jrs is nobody's earlier scan.
         same_patient = False if options.same_patient is None and fixed.healthy else options.same_patient
-        with clock.stage("segmentation"):
-            theirs = self._tumors(probabilities, fixed)
+        theirs = self._tumors(probabilities, fixed, clock)
         with clock.stage("refinement"):
             channels = self.network.bundle.manifest.model.channels
             tumors = Tumors.found(probabilities, fixed.grid, self.threads, shows_tumors(inputs, channels))
@@ -305,13 +304,15 @@ class Pipeline:
         note = f"{dropped:.2g} ml were left out of the labels: {rule} are not told from healthy tissue"
         return probabilities, [note]
 
-    def _tumors(self, probabilities: Array | None, fixed: FixedImage) -> Tumors:
+    def _tumors(self, probabilities: Array | None, fixed: FixedImage, clock: _Clock) -> Tumors:
         """What to leave out of the fixed image; atlases that ship with jrs, and most of T1 alone, are healthy."""
         channels = self.network.bundle.manifest.model.channels
         if probabilities is None or fixed.healthy or not shows_tumors(fixed.input, channels):
             return Tumors(None, fixed.grid)
         if fixed.tumors is None:
-            fixed.tumors = Tumors.found(self._segmented(fixed.codes, fixed.input)[0], fixed.grid, self.threads)
+            with clock.stage("segmentation"):
+                found, _ = self._segmented(fixed.codes, fixed.input)
+                fixed.tumors = Tumors.found(found, fixed.grid, self.threads)
         return fixed.tumors
 
     def _affine(

@@ -46,17 +46,18 @@ def network(**choices: Any) -> JointNet:
     return net
 
 
-def batch(size: int = 2, seed: int = 0) -> PairBatch:
+def batch(size: int = 2, seed: int = 0, shape: tuple[int, int, int] = SHAPE) -> PairBatch:
     """Noise with labels in blocks."""
     g = torch.Generator().manual_seed(seed)
+    blocks = [n // 4 for n in shape]
 
     def labels(classes: int, kind: torch.dtype) -> Tensor:
-        coarse = torch.randint(0, classes, (size, 4, 8, 4), generator=g)
+        coarse = torch.randint(0, classes, (size, *blocks), generator=g)
         return coarse.repeat_interleave(4, 1).repeat_interleave(4, 2).repeat_interleave(4, 3).to(kind)
 
     return PairBatch(
-        torch.randn(size, 2, *SHAPE, generator=g),
-        torch.randn(size, 2, *SHAPE, generator=g),
+        torch.randn(size, 2, *shape, generator=g),
+        torch.randn(size, 2, *shape, generator=g),
         torch.tensor([[1.0, 0.0], [1.0, 1.0]])[:size],
         torch.tensor([[1.0, 1.0], [0.0, 1.0]])[:size],
         labels(4, torch.int64),
@@ -216,7 +217,8 @@ def test_opposite_shifts_are_inverse_to_each_other() -> None:
 
 
 def test_gradients_of_both_ways_under_fabric_and_bf16() -> None:
-    pairs = batch()
+    # Where a level is two voxels wide, PyTorch 2.13's BF16 convolution on a CPU leaves parts of weight gradients unset.
+    pairs = batch(shape=(48, 48, 48))
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     plain = network(deep_supervision=2)
     net, _ = fabric.setup(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
