@@ -15,7 +15,7 @@
 #define CHUNK 256
 
 /* The value of a field (4 lanes) at a point and its derivative along each axis, the latter [axis][lane]. */
-static inline void value_and_slope(const volume_t *v, float x, float y, float z, float *out, float slope[3][4])
+INLINED void value_and_slope(const volume_t *v, float x, float y, float z, float *out, float slope[3][4])
 {
     int64_t di, dj, dk;
     float a, b, c;
@@ -42,7 +42,7 @@ static inline void value_and_slope(const volume_t *v, float x, float y, float z,
 
 /* Planes `start` to `stop` of a field laid out for sampling, out (X,Y,Z,4): `linear` (3x3) times the vectors
  * (3, shape), continued by `more` voxels each way with the border's value, times one window an axis. */
-EXPORT void jrs_lay_out(const float *vectors, const int64_t *shape, const int64_t *more, const double *linear,
+WIDE EXPORT void jrs_lay_out(const float *vectors, const int64_t *shape, const int64_t *more, const double *linear,
                         const float *along, const float *across, const float *up, int64_t start, int64_t stop,
                         float *out)
 {
@@ -70,7 +70,7 @@ EXPORT void jrs_lay_out(const float *vectors, const int64_t *shape, const int64_
 }
 
 /* Sample at n points: coordinates `stride` floats apart axis by axis, values likewise channel by channel. */
-EXPORT void jrs_sample(const float *data, const int64_t *shape, int64_t lanes, int64_t channels, const float *coords,
+WIDE EXPORT void jrs_sample(const float *data, const int64_t *shape, int64_t lanes, int64_t channels, const float *coords,
                        int64_t coords_stride, int64_t n, int border, float outside, float *out, int64_t out_stride)
 {
     volume_t v = {data, {shape[0], shape[1], shape[2]}, lanes};
@@ -89,7 +89,7 @@ EXPORT void jrs_sample(const float *data, const int64_t *shape, int64_t lanes, i
 }
 
 /* Coordinates of `count` voxels of a row from voxel k on: (3, CHUNK) = base * (i, j, k, 1) + linear * u(where). */
-static inline void row_coords(const double *base, const volume_t *field, const double *where, const double *linear,
+INLINED void row_coords(const double *base, const volume_t *field, const double *where, const double *linear,
                               double i, double j, int64_t k, int64_t count, float coords[3][CHUNK])
 {
     for (int axis = 0; axis < 3; axis++) {
@@ -131,7 +131,7 @@ static inline void row_coords(const double *base, const volume_t *field, const d
  * first plane is plane 0 of the target. With `parts` above 1 every voxel is the mean of so many regular samples
  * inside it along each axis; (i,j,k) then counts those.
  */
-EXPORT void jrs_pull(const int64_t *shape, int64_t start, int64_t stop, const double *base, const float *field_data,
+WIDE EXPORT void jrs_pull(const int64_t *shape, int64_t start, int64_t stop, const double *base, const float *field_data,
                      const int64_t *field_shape, const double *where, const double *linear, const float *source_data,
                      const int64_t *source_shape, int64_t lanes, int64_t channels, int border, float outside,
                      const int64_t *parts, float *out, int64_t out_stride)
@@ -188,7 +188,7 @@ EXPORT void jrs_pull(const int64_t *shape, int64_t start, int64_t stop, const do
 
 /* Planes `start` to `stop` of det(F + dD) / det(F), out (shape): F (3x3) is the linear part of the grid that the
  * vectors D (3, shape) lie on, dD their differences along the array's axes, central, one-sided at the ends. */
-EXPORT void jrs_jacobian(const float *vectors, const int64_t *shape, const double *linear, int64_t start, int64_t stop,
+WIDE EXPORT void jrs_jacobian(const float *vectors, const int64_t *shape, const double *linear, int64_t start, int64_t stop,
                          float *out)
 {
     int64_t row = shape[2], plane = shape[1] * row, apart = shape[0] * plane;
@@ -223,13 +223,13 @@ EXPORT void jrs_jacobian(const float *vectors, const int64_t *shape, const doubl
         }
 }
 
-static inline float squared(const float *r)
+INLINED float squared(const float *r)
 {
     return r[0] * r[0] + r[1] * r[1] + r[2] * r[2];
 }
 
 /* u and its slopes at z + v, voxels of the field; zero outside unless `border`, where it goes on as it is. */
-static inline void field_at(const volume_t *field, int border, const float *z, const float *v, float *u,
+INLINED void field_at(const volume_t *field, int border, const float *z, const float *v, float *u,
                             float slope[3][4])
 {
     float q[3] = {z[0] + v[0], z[1] + v[1], z[2] + v[2]};
@@ -247,7 +247,7 @@ static inline void field_at(const volume_t *field, int border, const float *z, c
 }
 
 /* Newton's step -(1 + du)^-1 r; where the field folds or nearly so, -r. */
-static inline void newton(float slope[3][4], const float *r, float *step)
+INLINED void newton(float slope[3][4], const float *r, float *step)
 {
     float a = 1.0f + slope[0][0], b = slope[1][0], c = slope[2][0];
     float d = slope[0][1], e = 1.0f + slope[1][1], f = slope[2][1];
@@ -270,7 +270,7 @@ static inline void newton(float slope[3][4], const float *r, float *step)
  * Newton's method on the trilinear field, each step halved until it comes nearer. In a fold the nearest that was
  * found is kept.
  */
-static float solved(const volume_t *field, int border, const float *z, float tolerance, int evaluations, float *v)
+INLINED float solved(const volume_t *field, int border, const float *z, float tolerance, int evaluations, float *v)
 {
     float u[4], slope[3][4], r[3], step[3], tried[3], share = 1.0f;
     field_at(field, border, z, v, u, slope);
@@ -299,7 +299,7 @@ static float solved(const volume_t *field, int border, const float *z, float tol
 }
 
 /* The same from two starts, `v` and the field's own value, the first as a rule from a neighbour. */
-static float solved_from(const volume_t *field, int border, const float *z, float tolerance, int evaluations, float *v)
+INLINED float solved_from(const volume_t *field, int border, const float *z, float tolerance, int evaluations, float *v)
 {
     float left = solved(field, border, z, tolerance, evaluations, v);
     if (left <= tolerance * tolerance)
@@ -318,7 +318,7 @@ static float solved_from(const volume_t *field, int border, const float *z, floa
 
 /* Planes `start` to `stop` of a grid whose voxel (i,j,k) lies at z = where * (i,j,k,1), voxels of the field:
  * out = base * (i,j,k,1) + linear * v with v + u(z + v) = 0. */
-EXPORT void jrs_invert(const int64_t *shape, int64_t start, int64_t stop, const float *field_data,
+WIDE EXPORT void jrs_invert(const int64_t *shape, int64_t start, int64_t stop, const float *field_data,
                        const int64_t *field_shape, const double *where, const double *base, const double *linear,
                        int border, float tolerance, int evaluations, float *out, int64_t out_stride)
 {
@@ -348,7 +348,7 @@ EXPORT void jrs_invert(const int64_t *shape, int64_t start, int64_t stop, const 
 }
 
 /* The same at n points z (3, n); v (3, n) is the start and the result, `left` (n) what remains of v + u(z + v). */
-EXPORT void jrs_invert_points(const float *field_data, const int64_t *field_shape, const float *points, int64_t stride,
+WIDE EXPORT void jrs_invert_points(const float *field_data, const int64_t *field_shape, const float *points, int64_t stride,
                               int64_t n, int border, float tolerance, int evaluations, float *v, float *left)
 {
     volume_t field = {field_data, {field_shape[0], field_shape[1], field_shape[2]}, 4};
@@ -365,7 +365,7 @@ EXPORT void jrs_invert_points(const float *field_data, const int64_t *field_shap
  * derivatives along the voxels' axes as moved (4, n), -1 and zeros half a voxel outside and further; and their joint
  * histogram, added to out (bins, bins). A row is a sample's bin of the other image; over its columns a cubic B-spline
  * spreads the value, which has to lie at least one bin from the ends. */
-EXPORT void jrs_count(const float *data, const int64_t *shape, const double *where, const float *x, int64_t x_stride,
+WIDE EXPORT void jrs_count(const float *data, const int64_t *shape, const double *where, const float *x, int64_t x_stride,
                       const uint8_t *rows, int64_t n, int64_t bins, float *moved, int64_t moved_stride, double *out)
 {
     volume_t v = {data, {shape[0], shape[1], shape[2]}, 1};
@@ -410,7 +410,7 @@ EXPORT void jrs_count(const float *data, const int64_t *shape, const double *whe
 
 /* The sum over such samples of s grad (x, 1)^T, added to out (3,4): s is the derivative of the spline's mean over a row
  * of `table` (bins, bins) by the value. */
-EXPORT void jrs_slope(const float *moved, int64_t moved_stride, const float *x, int64_t x_stride, const uint8_t *rows,
+WIDE EXPORT void jrs_slope(const float *moved, int64_t moved_stride, const float *x, int64_t x_stride, const uint8_t *rows,
                       int64_t n, int64_t bins, const float *table, double *out)
 {
     for (int64_t m = 0; m < n; m++) {
@@ -432,10 +432,16 @@ EXPORT void jrs_slope(const float *moved, int64_t moved_stride, const float *x, 
     }
 }
 
+/* Whether the version with FMA runs, which rounds a * b + c once; -1 where there is one version alone. */
+WIDE EXPORT int64_t jrs_wide(const float *abc)
+{
+    return VERSIONS > 1 ? abc[0] * abc[1] + abc[2] != 0.0f : -1;
+}
+
 /* What Python expects of the functions above: to be raised in both with every change that a caller would notice. */
 EXPORT int64_t jrs_version(void)
 {
-    return 1;
+    return 2;
 }
 
 /* Nothing to import: the functions above are called through ctypes. */

@@ -10,6 +10,32 @@
 #define EXPORT __attribute__((visibility("default")))
 #endif
 
+/* A function in two versions, of which the loader takes the one for the processor at hand: with AVX2 and FMA where it
+ * has them. (`arch=` of a processor would ask for that very one; of a level, for what the level holds.) What it calls
+ * has to be inlined into both. */
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define VERSIONS 2
+#define WIDE __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define VERSIONS 1
+#define WIDE
+#endif
+#if defined(__GNUC__)
+#define INLINED static inline __attribute__((always_inline))
+#else
+#define INLINED static inline
+#endif
+#define RESTRICT __restrict
+
+/* The next loop writes nothing that a later round of it reads: more than a compiler can tell of many pointers. */
+#if defined(__clang__)
+#define APART _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define APART _Pragma("GCC ivdep")
+#else
+#define APART
+#endif
+
 typedef struct {
     const float *data;
     int64_t shape[3];
@@ -17,7 +43,7 @@ typedef struct {
 } volume_t;
 
 /* Index of the lower corner along one axis, 0 or 1 to the upper one, and the share of the upper one. */
-static inline int64_t corner(float x, int64_t n, int64_t *next, float *share)
+INLINED int64_t corner(float x, int64_t n, int64_t *next, float *share)
 {
     float top = (float)(n - 1);
     x = x > 0.0f ? x : 0.0f; /* NaN becomes 0 */
@@ -30,14 +56,14 @@ static inline int64_t corner(float x, int64_t n, int64_t *next, float *share)
     return low;
 }
 
-static inline int within(const volume_t *v, float x, float y, float z)
+INLINED int within(const volume_t *v, float x, float y, float z)
 {
     return x >= -0.5f && x <= (float)v->shape[0] - 0.5f && y >= -0.5f && y <= (float)v->shape[1] - 0.5f &&
            z >= -0.5f && z <= (float)v->shape[2] - 0.5f;
 }
 
 /* The value at a point, `lanes` of them. */
-static inline void value_at(const volume_t *v, float x, float y, float z, float *out)
+INLINED void value_at(const volume_t *v, float x, float y, float z, float *out)
 {
     int64_t di, dj, dk;
     float a, b, c;

@@ -46,7 +46,7 @@ _ARGUMENTS = {
 }
 
 
-_VERSION = 1
+_VERSION = 2
 """Of the kernels that this file calls, as ``jrs_version`` says it."""
 
 
@@ -63,7 +63,7 @@ def _loaded() -> Any:
         return None
     try:
         library = ctypes.CDLL(file)
-        library.jrs_version.restype = _I64
+        library.jrs_version.restype = library.jrs_wide.restype = _I64
         if library.jrs_version() != _VERSION:
             return None
         for name, arguments in _ARGUMENTS.items():
@@ -85,7 +85,18 @@ def status() -> str:
         return "compiled for another version of jrs, resampling and refinement are slower; install jrs again"
     if _loaded() is None:
         return "not compiled, resampling and refinement are slower; install a C compiler and then jrs again"
-    return "compiled" if available() else "turned off by JRS_KERNELS"
+    if not available():
+        return "turned off by JRS_KERNELS"
+    registers = wide()
+    return "compiled" if registers is None else f"compiled, {'with' if registers else 'without'} AVX2 and FMA"
+
+
+def wide() -> bool | None:
+    """Whether the version for AVX2 and FMA runs; None where the kernels have one version alone."""
+    # (1 + 2^-12)^2 - (1 + 2^-11), which is 2^-24 unless the product is rounded first.
+    numbers = np.array([1.0 + 2.0**-12, 1.0 + 2.0**-12, -1.0 - 2.0**-11], dtype=np.float32)
+    found = _loaded().jrs_wide(_POINTER(_at(numbers)))
+    return None if found < 0 else bool(found)
 
 
 def _at(array: npt.NDArray[Any] | None) -> int | None:

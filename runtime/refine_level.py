@@ -84,7 +84,8 @@ class _Level:
             lambda part, scratch: native.windows(
                 part, self.fixed[index], self.weights, LEAST_WEIGHT, VARIANCE_FLOOR, scratch, *results
             ),
-            17,
+            15,
+            20,
         )
         return float(self._planes.sum())
 
@@ -104,7 +105,8 @@ class _Level:
             lambda part, scratch: native.force(
                 part, *images, *windows, *floors, index == 0, scratch, self._force, self._planes
             ),
-            35,
+            30,
+            20,
         )
 
     def smooth(self, field: Array, update: Array | None, scale: float, kernel: Array, out: Array) -> float:
@@ -113,15 +115,16 @@ class _Level:
 
         self._in_planes(
             lambda part, scratch: native.smooth(part, field, update, scale, kernel, scratch, out, largest),
-            kernel.size + 2,
-            2 * kernel.size,
+            kernel.size + 1,
+            2,
+            3 * kernel.size + 1,
         )
         return float(largest.max())
 
-    def _in_planes(self, work: Callable[[tuple[int, int], Array], None], planes: int, more: int = 0) -> None:
-        """``work`` on pieces of the first axis, each with ``planes``, some rows and ``more`` voxels of scratch."""
+    def _in_planes(self, work: Callable[[tuple[int, int], Array], None], planes: int, rows: int, more: int = 12) -> None:
+        """``work`` on pieces of the first axis, each with ``planes``, ``rows`` and ``more`` voxels of scratch."""
         _, ny, nz = self.shape
-        size = planes * ny * nz + 2 * nz + more + 64
+        size = planes * ny * nz + rows * nz + more
         workers = min(self.threads or available_cpus(), max(1, self.shape[0] // _PLANES_A_THREAD))
         in_threads(
             lambda start, stop: work((start, stop), np.empty(size, dtype=np.float32)),

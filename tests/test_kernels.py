@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,16 @@ def smooth(shape: tuple[int, ...], size: float, seed: int) -> np.ndarray:
     noise = GENERATOR(seed).normal(size=(3, *shape))
     field = np.stack([ndimage.gaussian_filter(c, 3.0) for c in noise])
     return (field / field.std() * size).astype(np.float32)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="nothing says what the processor has")
+def test_the_processors_registers_are_used() -> None:
+    """Which version runs is the loader's choice, and a wrong one shows in nothing but the time."""
+    if native.wide() is None:
+        pytest.skip("this compiler makes one version alone")
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert native.wide() == all(flag in flags for flag in ("avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"))
+    assert native.status() == f"compiled, {'with' if native.wide() else 'without'} AVX2 and FMA"
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 9])
@@ -173,7 +184,7 @@ def test_a_field_is_laid_out_in_its_voxels_and_fades(margin: float | None, threa
 
 
 def test_they_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native.status() == "compiled"
+    assert native.status().startswith("compiled")
     monkeypatch.setenv("JRS_KERNELS", "off")
     assert not native.available()
     assert native.status() == "turned off by JRS_KERNELS"
