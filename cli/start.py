@@ -7,14 +7,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+NUMPY_THREADS = "OPENBLAS_NUM_THREADS"
 TUNABLES = "GLIBC_TUNABLES"
-LARGE_PAGES = "glibc.malloc.hugetlb=1"
+# Large pages, and one heap for all threads: what one has freed another takes without touching new memory.
+LARGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
 _MODES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _SINCE = (2, 35)
 
 
 def start() -> None:
     """Entry point of the ``jrs`` command and of ``python -m jrs``."""
+    # NumPy's threads wait by turning: after each small product of matrices they take processors from those that work.
+    os.environ.setdefault(NUMPY_THREADS, "1")
     if wants_large_pages(sys.argv[1:], os.environ):
         # glibc reads its tunables when a process begins, so it begins again; that takes some 40 ms.
         os.environ[TUNABLES] = LARGE_PAGES

@@ -71,6 +71,21 @@ def test_the_command_begins_again_once_with_its_arguments(tmp_path: Path, monkey
     assert first == second and (before, after) == ("None", start.LARGE_PAGES)
 
 
+@pytest.mark.parametrize(("users", "want"), [(None, "1"), ("3", "3")])
+def test_numpys_own_threads_are_left_out(users: str | None, want: str) -> None:
+    """NumPy reads the variable when it is loaded, so it must not be there yet."""
+    code = (
+        "import os, sys\nfrom jrs.cli import start\nprint('numpy' in sys.modules)\n"
+        "sys.argv[1:] = ['--version']\ntry:\n    start.start()\nexcept SystemExit:\n"
+        f"    print(os.environ['{start.NUMPY_THREADS}'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != start.NUMPY_THREADS}
+    environment |= {} if users is None else {start.NUMPY_THREADS: users}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    before, *_, after = done.stdout.split()
+    assert (before, after) == ("False", want)
+
+
 def test_the_command_says_all_before_it_ends() -> None:
     """It leaves Python at once: nothing may be lost in a buffer on the way."""
     command = [sys.executable, "-m", "jrs", "infer"]
