@@ -121,7 +121,9 @@ class _Level:
         )
         return float(largest.max())
 
-    def _in_planes(self, work: Callable[[tuple[int, int], Array], None], planes: int, rows: int, more: int = 12) -> None:
+    def _in_planes(
+        self, work: Callable[[tuple[int, int], Array], None], planes: int, rows: int, more: int = 12
+    ) -> None:
         """``work`` on pieces of the first axis, each with ``planes``, ``rows`` and ``more`` voxels of scratch."""
         _, ny, nz = self.shape
         size = planes * ny * nz + rows * nz + more
