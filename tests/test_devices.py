@@ -16,7 +16,9 @@ import pytest
 import torch
 from small_training import ONE_CYCLE, Stopped, model_spec, series, start_small_run, train_config, trainer
 
+from jrs.architecture import Architecture
 from jrs.errors import ConfigurationError
+from jrs.manifest import GridSpec, ModelSpec
 from jrs.models.checkpoint import load_checkpoint
 from jrs.train.config import HardwareConfig, TrainConfig
 from jrs.train.devices import make_fabric, process_counts, share_of
@@ -153,6 +155,21 @@ def test_more_devices_than_were_started(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError, match=r"5 devices on 2 nodes .* 4 processes on 2 nodes"):
         process_counts(HardwareConfig(devices=5), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("first", "base", "refused"), [(32, 2, True), (32, 1, False), (16, 4, True), (16, 2, False), (48, 8, False)]
+)
+def test_grids_of_wrong_gradients_are_refused(first: int, base: int, refused: bool) -> None:
+    """Two voxels along the first axis at the fifth level or the fourth, of more than 16 channels; in BF16 on a CPU."""
+    spec = ModelSpec(Architecture(base_channels=base), GridSpec((first, 48, 48), (4.0, 4.0, 4.0)))
+    make_fabric(train_config(spec, precision="fp32", hardware=HardwareConfig("cpu")))
+    config = train_config(spec, precision="bf16", hardware=HardwareConfig("cpu"))
+    if not refused:
+        make_fabric(config)
+        return
+    with pytest.raises(ConfigurationError, match=f"first axis has {first} voxels.*fp32"):
+        make_fabric(config)
 
 
 @pytest.mark.parametrize(

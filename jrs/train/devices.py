@@ -41,6 +41,8 @@ def make_fabric(config: TrainConfig) -> Fabric:
         raise BackendError("no CUDA device was found; choose --accelerator cpu, or install PyTorch for CUDA")
     if accelerator == "cpu" and config.precision == "fp16":
         raise ConfigurationError("precision fp16 needs a GPU; choose bf16 or fp32 on the CPU")
+    if accelerator == "cpu" and config.precision == "bf16":
+        _refuse_wrong_gradients(config)
     if hardware.strategy == "fsdp" and config.precision == "fp16":
         raise ConfigurationError("strategy fsdp computes in bf16 or fp32; choose one of them, or strategy ddp")
     devices, nodes = process_counts(hardware, accelerator)
@@ -63,6 +65,16 @@ def make_fabric(config: TrainConfig) -> Fabric:
         )
     except (ValueError, RuntimeError) as error:
         raise BackendError(f"{devices} {accelerator} devices on {nodes} nodes: {first_line(error)}") from error
+
+
+def _refuse_wrong_gradients(config: TrainConfig) -> None:
+    """PyTorch 2.13 leaves a part of such weights' BF16 gradients as the memory was: oneDNN, seen with AVX512-BF16."""
+    first, widths = config.model.grid.shape[0], config.model.architecture.widths
+    if any(first >> level == 2 and width > 16 for level, width in enumerate(widths)):
+        raise ConfigurationError(
+            f"precision bf16 on the CPU: gradients are wrong on a grid whose first axis has {first} voxels, for which "
+            "PyTorch's convolutions come down to two; choose precision fp32, or 48 voxels or more"
+        )
 
 
 def process_counts(hardware: HardwareConfig, accelerator: str) -> tuple[int, int]:
