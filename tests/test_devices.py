@@ -162,7 +162,7 @@ def test_more_devices_than_were_started(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_grids_of_wrong_gradients_are_refused(first: int, base: int, refused: bool) -> None:
     """Two voxels along the first axis at the fifth level or the fourth, of more than 16 channels; in BF16 on a CPU."""
-    spec = ModelSpec(Architecture(base_channels=base), GridSpec((first, 48, 48), (4.0, 4.0, 4.0)))
+    spec = ModelSpec(Architecture(base_channels=base), grid=GridSpec((first, 48, 48), (4.0, 4.0, 4.0)))
     make_fabric(train_config(spec, precision="fp32", hardware=HardwareConfig("cpu")))
     config = train_config(spec, precision="bf16", hardware=HardwareConfig("cpu"))
     if not refused:
