@@ -152,12 +152,16 @@ class Network:
         Where the model says so, the mean with those of the mirrored image, which is encoded for it.
         """
         model = self.bundle.manifest.model
+        if not model.mirroring:
+            return self._segmented(codes)
+        lateral = model.grid.axis_along("LR")
+        # Encoded first: on a large grid the segmentation's engine closes the encoder's.
+        mirrored = self.encode(np.ascontiguousarray(np.flip(image, 2 + lateral)))
+        direct, back = self._segmented(codes), np.flip(self._segmented(mirrored), 1 + lateral)
+        return np.float32(0.5) * (direct + back)
+
+    def _segmented(self, codes: Codes) -> Array:
         probabilities: Array = self._run("segmentation", codes)["probabilities"][0]
-        if model.mirroring:
-            lateral = model.grid.axis_along("LR")
-            mirrored = self.encode(np.ascontiguousarray(np.flip(image, 2 + lateral)))
-            back = np.flip(self._run("segmentation", mirrored)["probabilities"][0], 1 + lateral)
-            probabilities = np.float32(0.5) * (probabilities + back)
         return probabilities
 
     def register(self, image: Array, moving: Codes, fixed: Codes) -> Registered:

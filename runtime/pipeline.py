@@ -75,6 +75,17 @@ class InferOptions:
     same_patient: bool | None = None
     keep_clear_of: Path | None = None
 
+    def __post_init__(self) -> None:
+        if self.same_patient is None:
+            return
+        if not isinstance(self.same_patient, bool | int | np.bool_):
+            raise UsageError(f"same_patient {self.same_patient!r}: must be true, false or None")
+        if not self.refine:
+            raise UsageError(
+                "--same-patient and --other-patient are for the refinement, which --refine 0 leaves out; drop one of them"
+            )
+        object.__setattr__(self, "same_patient", bool(self.same_patient))
+
 
 @dataclass(frozen=True)
 class _Deformation:
@@ -291,7 +302,11 @@ class Pipeline:
                 *images, affine, displacement, options.refine, fixed, same_patient
             )
             network = similarity(inputs, fixed.input, registered.moved[0], probabilities, channels)
-            record = {**refined.summary(), "similarity_before": network and network["after"]}
+            record = {
+                **refined.summary(),
+                "same_patient": options.same_patient,
+                "similarity_before": network and network["after"],
+            }
             moved = _moved_again(inputs.tensor[0], refined.displacement, fixed.grid, self.threads)
         return _Deformation(refined.displacement, moved, record, tuple(notes), refined.one_head)
 
@@ -301,7 +316,7 @@ class Pipeline:
         dropped, rule = drop_unbelievable(probabilities, image, self.network.bundle.manifest.model)
         if dropped < _WORTH_TELLING_ML:
             return probabilities, []
-        note = f"{dropped:.2g} ml were left out of the labels: {rule} are not told from healthy tissue"
+        note = f"{dropped:.1f} ml were left out of the labels: {rule} are not told from healthy tissue"
         return probabilities, [note]
 
     def _tumors(self, probabilities: Array | None, fixed: FixedImage, clock: _Clock) -> Tumors:

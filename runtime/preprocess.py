@@ -29,12 +29,18 @@ class NetworkInput:
     """One image as the network takes it.
 
     ``tensor`` is (1,C,X,Y,Z) float32 on ``grid``, normalised, a missing channel all zero; ``present`` says which
-    channels were there.
+    channels were there. ``scale`` is what the affine makes of a volume on the grid in the image's own space, |det A|.
     """
 
     tensor: Array
     present: tuple[bool, ...]
     grid: Geometry
+    scale: float = 1.0
+
+    @property
+    def voxel_ml(self) -> float:
+        """Of the patient, in a voxel of the grid."""
+        return self.grid.voxel_volume_ml * self.scale
 
 
 def place_grid(spec: GridSpec, fixed: Volume, threads: int | None = None) -> tuple[Geometry, str | None]:
@@ -100,7 +106,8 @@ def network_input(
             raise BadDataError(f"{volume.path or channel}: {error}") from error
 
     together([partial(fill, i, channel) for i, channel in enumerate(spec.channels) if present[i]], threads)
-    return NetworkInput(tensor[None], present, grid)
+    scale = 1.0 if moving_from_fixed is None else abs(float(np.linalg.det(moving_from_fixed[:3, :3])))
+    return NetworkInput(tensor[None], present, grid, scale)
 
 
 def normalize(data: Array, method: Normalization) -> Array:

@@ -59,7 +59,7 @@ def smallest_ml(image: NetworkInput, channels: Sequence[str]) -> float:
     return _SPECK_ML if shows_tumors(image, channels) else _FAINT_ML
 
 
-def drop_doubtful(probabilities: Array, grid: Geometry, least_ml: float, certainty: float) -> float:
+def drop_doubtful(probabilities: Array, voxel_ml: float, least_ml: float, certainty: float) -> float:
     """Make background of doubtful regions, in ``probabilities`` (K,X,Y,Z); returns how many ml they were.
 
     A connected region is doubtful if it is smaller than ``least_ml``, or if its mean probability of being tumour, of
@@ -72,17 +72,20 @@ def drop_doubtful(probabilities: Array, grid: Geometry, least_ml: float, certain
     labels = _labelled(mask[box])
     counts = np.bincount(labels.ravel())
     certain = np.bincount(labels.ravel(), 1.0 - probabilities[(0, *box)].ravel()) / np.maximum(counts, 1)
-    doubtful = (counts * grid.voxel_volume_ml < least_ml) | (certain < certainty)
+    doubtful = (counts * voxel_ml < least_ml) | (certain < certainty)
     doubtful[0] = False
     probabilities[(slice(None), *box)][:, doubtful[labels]] = np.eye(len(probabilities), 1, dtype=np.float32)
-    return float(counts[doubtful].sum() * grid.voxel_volume_ml)
+    return float(counts[doubtful].sum() * voxel_ml)
 
 
 def drop_unbelievable(probabilities: Array, image: NetworkInput, model: ModelSpec) -> tuple[float, str]:
-    """Leave in ``probabilities`` (K,X,Y,Z) of an image what is to be believed; how many ml went, and by what rule."""
+    """Leave in ``probabilities`` (K,X,Y,Z) of an image what is to be believed; how many ml went, and by what rule.
+
+    All volumes are the patient's, as those of the labels on the image's own grid.
+    """
     least = smallest_ml(image, model.channels)
-    dropped = drop_doubtful(probabilities, image.grid, least, model.certainty)
-    drop_traces(probabilities, image.grid, shows_enhancement(image, model.channels))
+    dropped = drop_doubtful(probabilities, image.voxel_ml, least, model.certainty)
+    drop_traces(probabilities, image.voxel_ml, shows_enhancement(image, model.channels))
     sure = f", or with a mean probability of tumour below {model.certainty:g}," if model.certainty else ""
     return dropped, f"regions below {least:g} ml{sure}"
 
@@ -92,7 +95,7 @@ def shows_enhancement(image: NetworkInput, channels: Sequence[str]) -> bool:
     return _CONTRAST not in channels or image.present[tuple(channels).index(_CONTRAST)]
 
 
-def drop_traces(probabilities: Array, grid: Geometry, visible: bool = True) -> None:
+def drop_traces(probabilities: Array, voxel_ml: float, visible: bool = True) -> None:
     """Make core of what enhances in BraTS' four classes, in ``probabilities``, if there is no more than a trace in all.
 
     Where the truth has none, any at all scores nothing (Isensee et al. 2021, doi 10.1007/978-3-030-72087-2_11).
@@ -105,7 +108,7 @@ def drop_traces(probabilities: Array, grid: Geometry, visible: bool = True) -> N
         return
     inside = probabilities[(slice(None), *occupied([mask]))]
     winner = inside.argmax(axis=0)
-    if visible and np.count_nonzero(winner == 3) * grid.voxel_volume_ml >= _TRACE_ML:
+    if visible and np.count_nonzero(winner == 3) * voxel_ml >= _TRACE_ML:
         return
     # To the class that wins without it, so that nothing but the trace itself changes, interpolated or not.
     winner[winner == 3] = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,12 @@ def test_engines_are_opened_once_in_the_order_asked_for(
         np.testing.assert_array_equal(network.register(IMAGE, codes, codes).moved, ahead.moved)
 
 
+@pytest.mark.parametrize("mirroring", [False, True])
 def test_on_a_large_grid_two_engines_are_open_at_most(
-    bundle: Bundle, opened: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, mirroring: bool, opened: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model = dataclasses.replace(bundle.manifest.model, mirroring=mirroring)
+    bundle = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, model=model))
     monkeypatch.setattr(network_module, "_MANY_VOXELS", 1000)
     monkeypatch.setenv("JRS_KERNELS", "off")
     graphs = ["encoder", "segmentation", "registration", "transformer"]

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from jrs.errors import BadDataError
+from jrs.errors import BadDataError, UsageError
 from jrs.fields import DisplacementField, jacobian_determinant
 from jrs.geometry import Geometry
 from jrs.runtime import native, refine
 from jrs.runtime.cases import Case
 from jrs.runtime.engines import EngineOptions, available_backends, open_engine
-from jrs.runtime.pipeline import Pipeline
+from jrs.runtime.pipeline import InferOptions, Pipeline
 from jrs.runtime.preprocess import NetworkInput
 from jrs.runtime.refine import GRAPH, Refined, Refiner, gaussian, level_grids, pyramid
 from jrs.runtime.refine_level import refine_level
@@ -418,8 +418,19 @@ def test_the_user_knows_whose_scans_they_are(
     pipeline: Pipeline, phantom: Any, same_patient: bool, start: str
 ) -> None:
     for atlas in (phantom.atlas, "sri24"):
-        result = pipeline.infer(phantom.folder, atlas, refine=1, same_patient=same_patient, inverse=False)
-        assert result.refinement is not None and result.refinement["start"] == start
+        for said in (same_patient, np.bool_(same_patient), int(same_patient)):
+            result = pipeline.infer(phantom.folder, atlas, refine=1, same_patient=said, inverse=False)
+            assert result.refinement is not None and result.refinement["start"] == start
+            assert result.refinement["same_patient"] is same_patient
+
+
+def test_what_cannot_be_said_of_the_scans() -> None:
+    with pytest.raises(UsageError, match="same_patient 'no'"):
+        InferOptions(same_patient="no")  # type: ignore[arg-type]
+    for said in (True, False):
+        with pytest.raises(UsageError, match="--refine 0 leaves out"):
+            InferOptions(same_patient=said, refine=0)
+    assert InferOptions(refine=0).same_patient is None
 
 
 def test_part_of_the_head_outside_the_moving_image(pair: tuple[Volume, Volume, Geometry]) -> None:
@@ -689,4 +700,8 @@ def test_small_regions_seen_in_t1_alone_are_left_out(
     assert alone.volumes_ml is not None and alone.volumes_ml["native"]["WT"] == 0
     assert [w for w in alone.warnings if "what may enhance counts as core" in w]
     assert [w for w in alone.warnings if "left out of the labels" in w and "\n" not in w]
+    # Volumes are the patient's: of one twice as large as the atlas it is 4 ml, which is enough.
+    monkeypatch.setattr(pipeline, "_affine", lambda *of: (np.diag([2.0, 2.0, 2.0, 1.0]), None, ()))
+    larger = pipeline.infer(None, phantom.atlas, modalities={"t1": t1}, refine=0, inverse=False)
+    assert not [w for w in larger.warnings if "left out" in w]
     assert not [w for w in whole.warnings if "left out" in w]

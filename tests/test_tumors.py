@@ -56,7 +56,7 @@ def test_regions_too_small_to_be_believed_become_background(grid: Geometry) -> N
     assert count > 50 and (sizes > 1.0).sum() == 1 and ((sizes > 0.3) & (sizes < 1.0)).sum() >= 1
     for least in (0.0, 0.3, 1.0, 99.0):
         given = probabilities(mask)
-        dropped = drop_doubtful(given, grid, least, 0.0)
+        dropped = drop_doubtful(given, grid.voxel_volume_ml, least, 0.0)
         kept = np.isin(labels, 1 + np.flatnonzero(sizes >= least))
         np.testing.assert_array_equal(given, np.where(kept, probabilities(mask), probabilities(np.zeros(SHAPE, bool))))
         assert dropped == pytest.approx(sizes[sizes < least].sum())
@@ -64,7 +64,7 @@ def test_regions_too_small_to_be_believed_become_background(grid: Geometry) -> N
 
 def test_nothing_found_is_nothing_dropped(grid: Geometry) -> None:
     given = probabilities(np.zeros(SHAPE, bool))
-    assert drop_doubtful(given, grid, 1.0, 0.8) == 0.0 and (given[0] == 1.0).all()
+    assert drop_doubtful(given, grid.voxel_volume_ml, 1.0, 0.8) == 0.0 and (given[0] == 1.0).all()
 
 
 @pytest.mark.parametrize(("certainty", "kept"), [(0.0, (True, True)), (0.8, (True, False)), (0.95, (False, False))])
@@ -80,7 +80,7 @@ def test_regions_of_little_certainty_are_dropped(grid: Geometry, certainty: floa
         assert tumor.mean() == pytest.approx(mean, abs=0.01)
         given[0, where], given[1, where], given[2, where] = 1.0 - tumor, tumor, 0.0
     before = given.copy()
-    dropped = drop_doubtful(given, grid, 0.05, certainty)
+    dropped = drop_doubtful(given, grid.voxel_volume_ml, 0.05, certainty)
     gone = np.zeros(SHAPE, bool)
     for where, stays in zip(balls, kept, strict=True):
         gone |= where & (not stays)
@@ -97,7 +97,7 @@ def test_traces_of_enhancement_become_core(grid: Geometry, voxels: int, kept: bo
     given[3].reshape(-1)[rng.choice(given[0].size, voxels, replace=False)] = 2.0
     given /= given.sum(axis=0)
     before = given.copy()
-    drop_traces(given, grid)
+    drop_traces(given, grid.voxel_volume_ml)
     classes = before.argmax(axis=0)
     assert (classes == 3).sum() == voxels
     if kept:
@@ -113,7 +113,7 @@ def test_enhancement_that_cannot_be_seen_is_core(grid: Geometry) -> None:
     rng = np.random.default_rng(6)
     given = rng.dirichlet((4.0, 3.0, 3.0, 3.0), size=SHAPE).transpose(3, 0, 1, 2).astype(np.float32)
     classes = given.argmax(axis=0)
-    drop_traces(given, grid, visible=False)
+    drop_traces(given, grid.voxel_volume_ml, visible=False)
     assert (classes == 3).sum() * grid.voxel_volume_ml > 10.0 and given[3].max() == 0.0
     np.testing.assert_array_equal(given.argmax(axis=0), np.where(classes == 3, 1, classes))
 
@@ -121,7 +121,7 @@ def test_enhancement_that_cannot_be_seen_is_core(grid: Geometry) -> None:
 def test_other_classes_have_no_traces(grid: Geometry) -> None:
     given = probabilities(ball(grid, (0, 0, 0), 3))
     before = given.copy()
-    drop_traces(given, grid)
+    drop_traces(given, grid.voxel_volume_ml)
     np.testing.assert_array_equal(given, before)
 
 
