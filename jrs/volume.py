@@ -15,6 +15,10 @@ from jrs.geometry import Geometry
 
 MOST_BRAIN_ML = 2300.0
 """A brain with the fluid around it, loosely stripped, takes less; a head takes 3000 and more."""
+_LEAST_AIR, _LEAST_BELOW = 0.1, 0.1
+"""Of an image normalised around zero: the share that is exactly zero, and of the rest the share below zero."""
+_RIPPLE = 0.05
+"""Of the bright end: as far below zero as resampling leads an image that is not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,21 +41,24 @@ class Volume:
         view.setflags(write=False)
         object.__setattr__(self, "data", view)
 
+    @cached_property
+    def raised(self) -> npt.NDArray[Any]:
+        """The intensities with the brain above zero; see ``raised``."""
+        return raised(self.data)
+
     def foreground(self) -> npt.NDArray[np.bool_]:
         """Voxels of the head or brain; see ``foreground_mask``."""
-        return foreground_mask(self.data)
+        return foreground_mask(self.raised)
 
     @property
     def thinned(self) -> npt.NDArray[Any]:
-        """Every ``thinning``-th voxel along each axis, no fewer than 64 of them where there are: enough for shares."""
-        thin: npt.NDArray[Any] = self.data[tuple(slice(None, None, step) for step in self.thinning)]
-        return thin
+        """Every ``thinning``-th voxel of ``raised`` along each axis, no fewer than 64 of them where there are."""
+        return _thinned(self.raised)
 
     @property
     def thinning(self) -> tuple[int, int, int]:
         """What ``thinned`` leaves, along each axis."""
-        a, b, c = (max(1, n // 64) for n in self.data.shape)
-        return a, b, c
+        return _thinning(self.data.shape)
 
     @cached_property
     def foreground_ml(self) -> float:
@@ -71,12 +78,12 @@ class Volume:
 
     @cached_property
     def canonical(self) -> Volume:
-        """The same image with its axes nearest to RAS (see ``Geometry.canonical``), without the air around it.
+        """The same image, ``raised``, with its axes nearest to RAS (``Geometry.canonical``), without the air around it.
 
         What is sampled with zero outside does not change when planes of zeros are left out.
         """
         grid, order = self.geometry.canonical()
-        data = order.apply(self.data)
+        data = order.apply(self.raised)
         box = occupied([data])
         return Volume(np.ascontiguousarray(data[box]), grid.part(box), self.path, self.notes)
 
@@ -95,6 +102,36 @@ def occupied(images: Sequence[npt.NDArray[Any]]) -> tuple[slice, slice, slice]:
         where = np.flatnonzero(used)
         box.append(slice(max(0, int(where[0]) - 1), min(n, int(where[-1]) + 2)) if where.size else slice(0, n))
     return box[0], box[1], box[2]
+
+
+def _thinning(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    a, b, c = (max(1, n // 64) for n in shape)
+    return a, b, c
+
+
+def _thinned(data: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Some voxels of an image (X,Y,Z): enough for shares."""
+    thin: npt.NDArray[Any] = data[tuple(slice(None, None, step) for step in _thinning(data.shape))]
+    return thin
+
+
+def raised(data: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """An image (X,Y,Z), or, if it was normalised around zero within the brain and is 0 outside, its brain above zero.
+
+    Many programs for training write such images (z-scores of the foreground). Half of a brain lies below zero there,
+    where that of others has nothing but ripples.
+    """
+    sample = _thinned(data)
+    bright = sample[sample > 0]
+    if bright.size == 0 or np.count_nonzero(sample == 0) < _LEAST_AIR * sample.size:
+        return data
+    high = float(np.percentile(bright, 98.0))
+    if np.count_nonzero(sample < -_RIPPLE * high) <= _LEAST_BELOW * np.count_nonzero(sample):
+        return data
+    low = float(data.min())
+    lift = np.float32(_RIPPLE * (high - low) - low)
+    lifted: npt.NDArray[Any] = np.where(data == 0, np.float32(0.0), data + lift)
+    return lifted
 
 
 def foreground_mask(data: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

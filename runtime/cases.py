@@ -41,6 +41,8 @@ _ANY_IMAGE = re.compile(r"\.(nii|mgz|mgh|hdr|img)(\.gz)?$", re.IGNORECASE)
 _MOVED = f"_desc-{MOVED}_"
 _LEAST_SHARED = 0.85
 """Of two modalities' foregrounds; a brain that was moved by 15 mm shares less with itself."""
+_LEAST_SEEN = 0.3
+"""Of the smaller foreground, in the other image's field of view; parts of one brain may be cut off in each."""
 _POINTS = 20_000
 _LONGEST_NAME = 120  # bytes: output names add up to about 80, file systems take 255
 
@@ -64,25 +66,28 @@ class Case:
         doubts = [f"{', '.join(unstripped)}: {note}; do not trust the results" for note in [*unstripped.values()][:1]]
         first, *others = self.images
         for name in others:
-            shared = _shared(self.images[first], self.images[name])
-            if shared < _LEAST_SHARED:
+            if (apart := _apart(self.images[first], self.images[name])) is not None:
                 doubts.append(
-                    f"{name}: does not lie where {first} lies ({100 * shared:.0f} % of the smaller foreground is in "
-                    "the other's); register the modalities of a case to each other first, or check their headers"
+                    f"{name}: does not lie where {first} lies ({apart}); register the modalities of a case to each "
+                    "other first, or check their headers"
                 )
         return doubts
 
 
-def _shared(one: Volume, other: Volume) -> float:
-    """The share of the smaller foreground that lies in the other, off some thousand points."""
+def _apart(one: Volume, other: Volume) -> str | None:
+    """What tells that two images of a head do not lie on each other, off some thousand points; None if they do."""
     larger, smaller = sorted((one, other), key=lambda volume: -volume.foreground_ml)
     index = np.argwhere(foreground_mask(smaller.thinned)) * smaller.thinning
     index = index[:: max(1, len(index) // _POINTS)]
     found = np.rint(larger.geometry.to_voxels(smaller.geometry.to_ras(index))).astype(int)
     inside = ((found >= 0) & (found < larger.geometry.shape)).all(axis=1)
-    values = np.zeros(len(index), dtype=larger.data.dtype)
-    values[inside] = larger.data[tuple(found[inside].T)]
-    return float(foreground_mask(values).mean()) if len(index) else 0.0
+    if not len(index) or inside.mean() < _LEAST_SEEN:
+        return "they hardly show the same part of the world"
+    # What one of them shows beyond the other's field of view tells nothing.
+    shared = float(foreground_mask(larger.raised[tuple(found[inside].T)]).mean())
+    if shared >= _LEAST_SHARED:
+        return None
+    return f"{100 * shared:.0f} % of the smaller foreground is in the other's"
 
 
 def find_case(folder: Path | str) -> dict[str, Path]:

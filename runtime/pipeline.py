@@ -82,7 +82,7 @@ class InferOptions:
             raise UsageError(f"same_patient {self.same_patient!r}: must be true, false or None")
         if not self.refine:
             raise UsageError(
-                "--same-patient and --other-patient are for the refinement, which --refine 0 leaves out; drop one of them"
+                "--same-patient and --other-patient are for the refinement, which --refine 0 leaves out; drop one"
             )
         object.__setattr__(self, "same_patient", bool(self.same_patient))
 

@@ -92,7 +92,7 @@ class Sparse:
     def of(volume: Volume) -> Sparse:
         """Every few voxels of the foreground, or of the whole grid if there is none."""
         steps = tuple(max(1, n // 80) for n in volume.data.shape)
-        data = volume.data[tuple(slice(None, None, step) for step in steps)]
+        data = volume.raised[tuple(slice(None, None, step) for step in steps)]
         mask = foreground_mask(data)
         mask |= not mask.any()
         return Sparse(mask, data[mask], steps, volume.geometry)
@@ -139,7 +139,7 @@ class Look:
     def grey(self, plane: _Plane) -> Array:
         """The image on a plane, (rows, columns), 1st to 99th percentile of the foreground mapped to 0..1."""
         (low, high), coords = self.window, plane.coords(self.volume.geometry)
-        values = np.nan_to_num(sample(self.volume.data[None], coords, 0.0, _THREADS)[0, :, :, 0].T)
+        values = np.nan_to_num(sample(self.volume.raised[None], coords, 0.0, _THREADS)[0, :, :, 0].T)
         grey: Array = np.clip((values - low) / max(high - low, 1e-30), 0.0, 1.0).astype(np.float32)
         return grey
 

@@ -22,7 +22,7 @@ from jrs.resources import DATA
 from jrs.runtime.colors import CLASS_COLORS, CLASS_NAMES
 from jrs.runtime.report_pictures import Sparse, label_center
 from jrs.runtime.sampling import Sampled, affine_coords, sample_nearest
-from jrs.volume import Volume, foreground_mask
+from jrs.volume import Volume, foreground_mask, raised
 
 Array = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.uint8]
@@ -54,14 +54,14 @@ def viewer(
     """The viewer's section of the page; ``moved``, ``labels`` and ``jacobian`` lie on the grid of ``fixed``."""
     grid = viewer_grid(fixed)
     middle = grid.to_ras((np.array(grid.shape) - 1.0) / 2.0)
-    volumes: dict[str, Array | Labels] = {"atlas": fixed.data, "moved": moved}
+    volumes: dict[str, Array | Labels] = {"atlas": fixed.raised, "moved": raised(moved)}
     packed = {name: _packed(_bytes(_onto(image, fixed, grid)), grid) for name, image in volumes.items()}
     options: dict[str, dict[str, Any]] = {name: _shown(name, "gray") for name in packed}
     if jacobian is not None:
         scale = abs(float(np.linalg.det(affine[:3, :3])))
         coarse = Geometry.aligned(_halved(grid.shape), (2.0 * grid.spacing[0],) * 3, middle, "RAS")  # it is smooth
         change = np.log2(scale / np.maximum(_onto(jacobian, fixed, coarse), 1e-6))
-        change[~foreground_mask(_onto(fixed.data, fixed, coarse))] = 0.0
+        change[~foreground_mask(_onto(fixed.raised, fixed, coarse))] = 0.0
         packed["change"] = _packed(_signed(change), coarse, CHANGE_LIMIT / 127.0)
         limits = {"cal_min": 0.05, "cal_max": CHANGE_LIMIT, "cal_minNeg": -CHANGE_LIMIT, "cal_maxNeg": -0.05}
         options["change"] = _shown("change", "blue2cyan", colormapNegative="warm", opacity=0.0, **limits)

@@ -384,15 +384,19 @@ def ball(radius_mm: float, center_x_mm: float, spacing_mm: tuple[float, float, f
     return Volume(np.where(inside, 100.0, 0.0).astype(np.float32), geometry)
 
 
-@pytest.mark.parametrize(("shift_mm", "told"), [(0.0, None), (5.0, None), (30.0, 70), (-60.0, 43), (150.0, 0)])
+@pytest.mark.parametrize(
+    ("shift_mm", "told"), [(0.0, None), (5.0, None), (30.0, 70), (-60.0, 43), (150.0, 0), (220.0, None)]
+)
 @pytest.mark.parametrize("spacing_mm", [(2.0, 2.0, 2.0), (1.1, 2.5, 5.0)])
 def test_modalities_that_lie_apart_are_told(
     shift_mm: float, told: int | None, spacing_mm: tuple[float, float, float]
 ) -> None:
     """Two balls of radius r at distance d share 1 - 3d / 4r + d^3 / 16r^3 of each."""
-    images = {"t1": ball(75.0, 0.0, (2.0, 2.0, 2.0), 200.0), "t2": ball(75.0, shift_mm, spacing_mm, 460.0)}
+    images = {"t1": ball(75.0, 0.0, (2.0, 2.0, 2.0), 300.0), "t2": ball(75.0, shift_mm, spacing_mm, 460.0)}
     doubts = Case("x", images).doubts
-    if told is None:
+    if shift_mm == 220.0:
+        assert doubts[0].startswith("t2: does not lie where t1 lies (they hardly show the same part of the world);")
+    elif told is None:
         assert not doubts
     else:
         (doubt,) = doubts
@@ -405,3 +409,7 @@ def test_an_image_that_sees_less_of_the_brain_lies_where_the_other_lies() -> Non
     slab = Volume(whole.data[:, :, 30:60], whole.geometry.part((slice(0, 100), slice(0, 100), slice(30, 60))))
     assert not Case("x", {"t1": whole, "flair": slab}).doubts
     assert not Case("x", {"t1": slab, "flair": whole}).doubts
+    # Each shows what the other does not, in all 56 % of one and 50 % of the other.
+    upper, lower = (whole.data[:, :, a:b] for a, b in ((40, 100), (0, 60)))
+    parts = [whole.geometry.part((slice(0, 100), slice(0, 100), slice(a, b))) for a, b in ((40, 100), (0, 60))]
+    assert not Case("x", {"t1": Volume(upper, parts[0]), "flair": Volume(lower, parts[1])}).doubts

@@ -16,7 +16,7 @@ import pytest
 
 from jrs.errors import BackendError, JrsError, OutOfMemoryError, UsageError
 from jrs.runtime import engines
-from jrs.runtime.engines import EngineOptions, available_backends, choose_backend, open_engine
+from jrs.runtime.engines import EngineOptions, available_backends, choose_backend, hosted, open_engine
 
 onnx = pytest.importorskip("onnx")
 reference = pytest.importorskip("onnx.reference")
@@ -351,6 +351,29 @@ def test_mirroring_averages_both_sides(
 # Devices --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("last", [1, 2, 3, 4])
+def test_mirrored_segmentation_goes_on_on_the_cpu(
+    full_device: None, changed_bundle: Any, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the device's memory ends: codes that lie there are still read."""
+    from jrs.bundle import Bundle
+    from jrs.runtime.network import Network
+
+    monkeypatch.setitem(engines._BACKENDS, "full", ("numpy", __name__, "FillingDevice"))
+    monkeypatch.setattr(sys.modules[__name__], "FillingDevice", FillingDevice, raising=False)
+    monkeypatch.setattr(FillingDevice, "last", last)
+    monkeypatch.setattr(FillingDevice, "runs", 0)
+    bundle = Bundle.open(changed_bundle(lambda manifest: manifest["model"].update(mirroring=True)))
+    image, _ = two_images()
+    with Network(bundle, "ort-cpu", "fp32", 1) as network:
+        want = network.segment(image, network.encode(image))
+    with Network(bundle, threads=1) as network:
+        got = network.segment(image, network.encode(image))
+        assert network.notes == [f"GPU of 1 byte: out of device memory; went on with {BACKENDS[0]}"]
+        assert network.info.backend == BACKENDS[0] and FillingDevice.runs == last
+    np.testing.assert_allclose(got, want, atol=1e-3)
+
+
 def test_outputs_bound_on_the_device_are_taken_in_place(graph: Path, image: np.ndarray, tmp_path: Path) -> None:
     """The half of the CUDA backend that a CPU has: inputs and outputs bound, one graph's outputs the next one's."""
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -401,6 +424,18 @@ class FullDevice:
 
     def __exit__(self, *rest: Any) -> None:
         self.engine.__exit__(*rest)
+
+
+class FillingDevice(FullDevice):
+    """One whose memory ends at the run of this number, whatever the graph."""
+
+    last, runs = 0, 0
+
+    def keep(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        FillingDevice.runs += 1
+        if FillingDevice.runs == FillingDevice.last:
+            raise OutOfMemoryError("GPU of 1 byte: out of device memory")
+        return {name: Handle(array) for name, array in self.engine(hosted(inputs)).items()}
 
 
 class BrokenDevice:

@@ -1,0 +1,75 @@
+"""Images as the pipeline takes them: of whatever intensities, the brain above zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from jrs.geometry import Geometry
+from jrs.volume import Volume, foreground_mask, raised
+
+SHAPE = (40, 48, 36)
+
+
+def brain(seed: int = 0) -> tuple[Any, Any]:
+    """Intensities from 200 to 1000 in an ellipsoid, exactly 0 around it; and where it is."""
+    axes = [np.linspace(-1.2, 1.2, n) for n in SHAPE]
+    inside = sum(a**2 for a in np.meshgrid(*axes, indexing="ij")) < 1.0
+    texture = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=SHAPE), 1.5)
+    texture = (texture - texture.min()) / np.ptp(texture)
+    return np.where(inside, 200.0 + 800.0 * texture, 0.0).astype(np.float32), inside
+
+
+def zscored(data: Any, inside: Any) -> Any:
+    """As nnU-Net and MONAI (``nonzero``) write it."""
+    return np.where(inside, (data - data[inside].mean()) / data[inside].std(), 0.0).astype(np.float32)
+
+
+def test_a_brain_normalised_around_zero_is_raised_above_it() -> None:
+    data, inside = brain()
+    scored = zscored(data, inside)
+    assert (scored[inside] < 0).mean() > 0.3
+    lifted = raised(scored)
+    np.testing.assert_array_equal(lifted == 0, ~inside)
+    np.testing.assert_allclose(lifted[inside] - scored[inside], lifted[inside][0] - scored[inside][0], atol=1e-5)
+    np.testing.assert_array_equal(foreground_mask(lifted), inside)
+    volume = Volume(scored, Geometry(SHAPE, np.diag([2.0, 2.0, 2.0, 1.0])))
+    np.testing.assert_array_equal(volume.foreground(), inside)
+    assert volume.canonical.data.min() == 0.0
+    assert volume.foreground_ml == pytest.approx(inside.sum() * 0.008, rel=0.01)
+    np.testing.assert_array_equal(volume.data, scored)  # what is moved and written
+
+
+@pytest.mark.parametrize("kind", ["plain", "ripples", "few below", "all below", "no air", "nothing"])
+def test_other_images_stay_as_they_are(kind: str) -> None:
+    data, inside = brain()
+    if kind == "ripples":  # of resampling, everywhere in the air
+        data[~inside] = np.random.default_rng(1).normal(0.0, 8.0, np.count_nonzero(~inside))
+        data[:4] = 0.0
+    elif kind == "few below":
+        data[inside] -= np.percentile(data[inside], 5.0)
+    elif kind == "all below":
+        data = -data
+    elif kind == "no air":
+        data -= 500.0
+    elif kind == "nothing":
+        data[:] = 0.0
+    assert raised(data) is data
+
+
+def test_the_network_sees_no_difference() -> None:
+    from jrs.architecture import Architecture
+    from jrs.manifest import GridSpec, ModelSpec
+    from jrs.runtime.preprocess import network_input
+
+    data, inside = brain()
+    geometry = Geometry.aligned(SHAPE, (4.0, 4.0, 4.0), np.zeros(3), "LPS")
+    grid = Geometry.aligned((32, 48, 32), (4.0, 4.0, 4.0), np.zeros(3), "RAS")
+    where = GridSpec(grid.shape, grid.spacing)
+    spec = ModelSpec(Architecture(in_channels=1), grid=where, channels=("t1",), optional_channels=())
+    images = [Volume(image, geometry) for image in (data, zscored(data, inside))]
+    given = [network_input({"t1": image}, spec, grid).tensor for image in images]
+    np.testing.assert_allclose(given[1], given[0], atol=1e-4)
