@@ -29,9 +29,9 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSO
     table("this machine", ("", ""), rows)
     table(
         "backends, best first",
-        ("backend", "works", "device", "precisions", "why not"),
+        ("backend", "works", "device", "precisions", "remarks"),
         [
-            (b.name, "yes" if b.works else "no", b.device or "", ", ".join(b.precisions), b.reason or "")
+            (b.name, "yes" if b.works else "no", b.device or "", ", ".join(b.precisions), b.reason or b.remark or "")
             for b in found.backends
         ],
     )

@@ -54,7 +54,10 @@ class Library:
 
 @dataclass(frozen=True)
 class BackendState:
-    """Whether a backend works here: device, precisions, milliseconds of the small graphs, or the reason why not."""
+    """Whether a backend works here: device, precisions, milliseconds of the small graphs, or the reason why not.
+
+    ``remark``: what would make one that works faster.
+    """
 
     name: str
     works: bool
@@ -62,6 +65,7 @@ class BackendState:
     precisions: tuple[str, ...]
     milliseconds: float | None
     reason: str | None
+    remark: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,15 @@ def _try(name: str) -> BackendState:
         return BackendState(name, False, None, (), None, f"{type(error).__name__}: {first_line(error)}")
     if wrong is not None:
         return BackendState(name, False, device, (), elapsed, f"{wrong} comes out wrong")
-    return BackendState(name, True, device, _precisions(name), elapsed, None)
+    return BackendState(name, True, device, _precisions(name), elapsed, None, _remark(name))
+
+
+def _remark(name: str) -> str | None:
+    if not name.startswith("ort-") or not on_gpu(name):
+        return None
+    from jrs.runtime.engines.onnxruntime_gpu import why_slow
+
+    return why_slow()
 
 
 def _probe(name: str) -> tuple[str, str | None]:

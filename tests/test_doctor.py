@@ -125,3 +125,19 @@ def test_selftest_fails_where_the_numbers_differ(
     out: Any = capsys.readouterr()
     assert code == 70
     assert out.out.startswith("failed") and "FAILED" in out.err
+
+
+def test_what_would_be_faster_is_remarked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from jrs.runtime.engines import onnxruntime_gpu
+
+    here = ("ort-cuda", "ort-cpu")
+    monkeypatch.setattr(doctor, "why_unavailable", lambda name: None if name in here else "not here")
+    monkeypatch.setattr(doctor, "_probe", lambda name: ("Simulated", None))
+    monkeypatch.setattr(doctor, "visible_devices", lambda: (cuda.Device("Simulated", (9, 0), 2**33),))
+    monkeypatch.setattr(onnxruntime_gpu, "why_slow", lambda: "install more")
+    assert run(["doctor", "--json"]) == 0
+    out = capsys.readouterr()
+    states = {state["name"]: state for state in json.loads(out.out)["backends"]}
+    assert states["ort-cuda"]["works"] and states["ort-cuda"]["reason"] is None
+    assert states["ort-cuda"]["remark"] == "install more" and states["ort-cpu"]["remark"] is None
+    assert "install more" in out.err

@@ -577,6 +577,7 @@ def test_ort_cuda_copies_itself_where_cuda_python_does_not_fit(monkeypatch: pyte
 
         monkeypatch.setattr(onnxruntime_gpu, "shared_session", refuse)
         assert onnxruntime_gpu._copying_session() is None
+        assert "jrs[cuda]" in str(onnxruntime_gpu.why_slow())
 
 
 def test_auto_goes_on_with_the_next_library_then_the_cpu(

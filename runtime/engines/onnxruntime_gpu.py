@@ -162,6 +162,13 @@ def _copying_session() -> CudaSession | None:
         return None
 
 
+def why_slow() -> str | None:
+    """What would bring results back through pinned memory, which is several times faster; None where it is there."""
+    if _copying_session() is not None:
+        return None
+    return "results come back slowly without cuda-python for this driver; pip install 'jrs[cuda]'"
+
+
 def cuda_options() -> dict[str, str]:
     """Options of the CUDA provider: TF32 off, convolutions searched for (the default choice can be 50 times slower)."""
     return {
