@@ -9,12 +9,16 @@ import typer
 
 from jrs.cli.console import note, status
 from jrs.errors import UsageError
+from jrs.headers import shown
 
 
 def infer(
-    case: Annotated[
-        Path | None,
-        typer.Argument(help="Folder with BraTS or BIDS names, a 3-D file (what its name says, else T1) or a 4-D file."),
+    cases: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Folder with BraTS or BIDS names, a 3-D file (what its name says, else T1) or a 4-D file; or several, "
+            "of which OUT/cases.csv becomes the table.",
+        ),
     ] = None,
     atlas: Annotated[
         str, typer.Option("--atlas", help="Fixed image: sri24 (ships with jrs), a file or a folder.")
@@ -73,14 +77,21 @@ def infer(
     ] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Leave out cases whose results are there already.")
+    ] = False,
 ) -> None:
-    """Register a case to an atlas and segment its tumour."""
+    """Register a case to an atlas and segment its tumour, or many cases one after another."""
     named = {"t1": t1, "t1ce": t1ce, "t2": t2, "flair": flair}
     modalities = {name: path for name, path in named.items() if path is not None}
     if not atlas:
         raise UsageError("--atlas is empty; name sri24, a file or a folder")
-    if case is None and not modalities:
+    if not cases and not modalities:
         raise UsageError("no case given; name a folder, a file, or files with --t1, --t1ce, --t2, --flair")
+    if cases and len(cases) > 1 and modalities:
+        raise UsageError(f"--{next(iter(modalities))} is for one case, and {len(cases)} are given; leave it out")
+    from jrs.runtime.cohort import Cohort
+    from jrs.runtime.names import TABLE
     from jrs.runtime.pipeline import InferOptions, Pipeline
     from jrs.runtime.results import summary_line
 
@@ -93,14 +104,28 @@ def infer(
         inverse=inverse,
         label_scheme=label_scheme,
         same_patient=same_patient,
-        keep_clear_of=None if overwrite else out,
-        **({} if refine is None else {"refine": refine}),
+        refine=InferOptions.refine if refine is None else refine,
     )
+    many = len(cases or ()) > 1
     with Pipeline.open(bundle, backend, precision, threads) as pipeline, status() as say:
-        pipeline.progress = say
-        result = pipeline.infer(case, atlas, options)
-        say("write")
-        folder = result.save(out, overwrite)
-    for warning in result.warnings:
-        note(f"jrs: warning: {warning}")
-    print(summary_line(folder / result.names.report_json))
+        cohort = Cohort(pipeline, atlas, options, out, overwrite, skip_existing)
+        for number, case in enumerate(cases or [None], 1):
+            which = f"{number} of {len(cases or ())}, {shown(case)}: " if many and case is not None else ""
+            pipeline.progress = lambda stage, which=which: say(which + stage)  # type: ignore[misc]
+            done = cohort.add(case)
+            if done.error is not None and not many:
+                raise done.error
+            for warning in done.warnings:
+                note(f"jrs: warning: {which}{warning}")
+            if done.error is not None:
+                note(f"jrs: {done.error}")
+            elif done.there:
+                note(f"jrs: {done.report}: is there already, left out")
+            if done.report is not None:
+                print(summary_line(done.report), flush=True)
+            if many:
+                cohort.write_table()
+    failed = [done.error for done in cohort.outcomes if done.error is not None]
+    if failed:
+        note(f"jrs: {len(failed)} of {len(cohort.outcomes)} cases failed; {out / TABLE} says why")
+        raise typer.Exit(failed[0].exit_code)

@@ -5,6 +5,8 @@ A message says what is wrong, with which file, and what to do about it, in one l
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class JrsError(Exception):
     """Root of all errors that jrs raises on purpose; ``exit_code`` is what the command line returns."""
@@ -40,6 +42,14 @@ class CannotCreateError(JrsError):
     """An output exists already or its place cannot be written."""
 
     exit_code = 73
+
+
+class AlreadyThereError(CannotCreateError):
+    """An output exists already; ``file`` is one."""
+
+    def __init__(self, file: Path, remedy: str) -> None:
+        super().__init__(f"{file}: exists already; {remedy}")
+        self.file = file
 
 
 class OutputError(JrsError):

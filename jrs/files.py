@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jrs.errors import CannotCreateError, OutputError, last_line
+from jrs.errors import AlreadyThereError, CannotCreateError, OutputError, last_line
 
 _ROOM = 1 << 20
 
@@ -132,12 +132,12 @@ def whole_set(folder: Path, names: list[str], stale: list[str], overwrite: bool 
 
 
 def refuse_existing(folder: Path, names: list[str], overwrite: bool) -> None:
-    """Raise CannotCreateError if one of the files is there, unless ``overwrite``."""
+    """Raise AlreadyThereError if one of the files is there, unless ``overwrite``."""
     if folder.exists() and not folder.is_dir():
         raise CannotCreateError(f"{folder}: is a file, a folder is to be written there; choose another --out")
     there = [name for name in names if (folder / name).exists()]
     if there and not overwrite:
-        raise CannotCreateError(f"{folder / there[0]}: exists already; choose another --out or pass --overwrite")
+        raise AlreadyThereError(folder / there[0], "choose another --out or pass --overwrite")
 
 
 def remove_tree(path: Path) -> None:

@@ -116,9 +116,12 @@ def find_case(folder: Path | str) -> dict[str, Path]:
         accepted = ", ".join(ending for endings in ENDINGS.values() for ending in endings)
         there = ", ".join(shown(name) for name, _ in entries[:5]) or "nothing"
         more = f" and {len(entries) - 5} more" if len(entries) > 5 else ""
+        folders = ""
+        if entries and not any(is_file for _, is_file in entries):
+            folders = f"; if these folders are cases, name them: {shown(folder)}/*"
         raise MissingInputError(
             f"{shown(folder)}: no image whose modality is known, only {there}{more}; "
-            f"end names of .nii, .nii.gz or .mgz files in _ or - and one of {accepted}, or pass --t1, ..."
+            f"end names of .nii, .nii.gz or .mgz files in _ or - and one of {accepted}, or pass --t1, ...{folders}"
         )
     return {modality: found[modality] for modality in MODALITIES if modality in found}
 

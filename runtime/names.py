@@ -105,5 +105,10 @@ class OutputNames:
         return [*images, *map(self.sidecar, images), *tables, self.report_json, self.report_html]
 
 
-NOT_IN_BIDS = ("*_xfm.nii.gz", "*_xfm.json", "*_desc-jacobian_map.*", "*_colors.*", "*_report.json", "*_report.html")
+TABLE = "cases.csv"
+"""Of a run of several cases, beside their folders."""
+NOT_IN_BIDS = (
+    *("*_xfm.nii.gz", "*_xfm.json", "*_desc-jacobian_map.*", "*_colors.*", "*_report.json", "*_report.html"),
+    TABLE,
+)
 """What BIDS has no name for yet: the lines of ``.bidsignore``."""

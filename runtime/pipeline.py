@@ -154,6 +154,11 @@ class Pipeline:
         self._fixed.clear()
         self.network.__exit__(kind, error, trace)
 
+    def check(self, atlas: str | Path, options: InferOptions) -> None:
+        """Raise UsageError or MissingInputError for what no case can be registered with, before any is read."""
+        atlas_path(atlas)
+        label_scheme(self.network.bundle.manifest.model.label_values, options.label_scheme)
+
     def infer(
         self,
         case: str | Path | None = None,

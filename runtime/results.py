@@ -269,8 +269,13 @@ def _versions() -> dict[str, str]:
 def summary_line(report_file: Path) -> str:
     """One JSON line about a finished case, for stdout."""
     report = json.loads(report_file.read_text(encoding="utf-8"))
-    line = {"out": str(report_file.parent)}
+    return json.dumps(result_line(report, report_file.parent), ensure_ascii=False)
+
+
+def result_line(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The few values of a report, which lies in ``folder``, that are wanted at once."""
+    line: dict[str, Any] = {"out": str(folder)}
     line |= {key: report[key] for key in ("case", "atlas", "volumes_ml", "volume_ratio")}
     line["folding_percent"] = report["jacobian"]["folding_percent"]
     line["seconds"] = report["timings_s"]["total"]
-    return json.dumps(line, ensure_ascii=False)
+    return line
