@@ -23,14 +23,17 @@ def start() -> None:
         # glibc reads its tunables when a process begins, so it begins again; that takes some 40 ms.
         os.environ[TUNABLES] = LARGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    from jrs.cli.main import main
-
     try:
+        from jrs.cli.main import main
+
         main()
     except SystemExit as end:
         if sys.argv[1:2] == ["infer"] and isinstance(end.code, int):
             _leave(end.code)
         raise
+    except KeyboardInterrupt:  # in an import; later ones are main's
+        print("jrs: interrupted", file=sys.stderr)
+        _leave(130)
 
 
 def _leave(code: int) -> None:
