@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from jrs.errors import CannotCreateError, UsageError
 
 if TYPE_CHECKING:
     from jrs.bundle import Bundle
+    from jrs.runtime.engines.plans import BuildOptions
 
 
 def export(
@@ -32,6 +34,10 @@ def export(
     tensorrt: Annotated[
         bool, typer.Option("--tensorrt", help="Build TensorRT engines for this GPU as well, as jrs build does.")
     ] = False,
+    capability: Annotated[
+        list[str] | None,
+        typer.Option("--capability", help="Target of --tensorrt such as 8.6, with no GPU (tensorrt-rtx); may repeat."),
+    ] = None,
     triton: Annotated[
         Path | None, typer.Option("--triton", help="Write a Triton model repository of the bundle there as well.")
     ] = None,
@@ -49,6 +55,14 @@ def export(
         raise UsageError("--fp16 and --precision bf16 exclude each other")
     sides = parse_shape(shape) if shape is not None else None
     wanted: Any = "fp16" if fp16 else precision
+    # What cannot be made of the bundle is said before the work.
+    if capability and not tensorrt:
+        raise UsageError("--capability is for --tensorrt; add that or leave it out")
+    options = _engines(capability or ()) if tensorrt else None
+    if triton is not None:
+        from jrs.export.triton import check_triton
+
+        check_triton(triton, triton_atlas, wanted, overwrite)
     bundle = export_bundle(checkpoint, out, wanted, name, sides, overwrite, check_on or ())
     table(
         f"parity with PyTorch, {bundle.manifest.precision}",
@@ -61,16 +75,25 @@ def export(
     if bundle.manifest.accuracy:
         _accuracy_table(bundle)
     print(bundle.folder)
-    if tensorrt:
+    if options is not None:
         from jrs.cli.build import build_bundle
-        from jrs.runtime.engines.plans import BuildOptions
 
-        for path in build_bundle(bundle, "auto", BuildOptions()):
+        for path in build_bundle(bundle, "auto", options):
             print(path)
     if triton is not None:
         from jrs.export.triton import export_triton
 
         print(export_triton(bundle, triton, triton_atlas, overwrite))
+
+
+def _engines(capabilities: Sequence[str]) -> BuildOptions:
+    """How engines of the bundle to come are built; raises what would be raised then."""
+    from jrs.cli.build import choose_library, parse_capability
+    from jrs.runtime.engines.plans import BuildOptions, check_targets, import_library
+
+    options = BuildOptions(capabilities=tuple(parse_capability(c) for c in capabilities))
+    check_targets(import_library(choose_library("auto")), options)
+    return options
 
 
 def _accuracy_table(bundle: Bundle) -> None:

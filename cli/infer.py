@@ -29,11 +29,16 @@ def infer(
         typer.Option("--bundle", help="Folder of a bundle (default: the one that ships with jrs)."),
     ] = None,
     modality: Annotated[
-        str | None, typer.Option("--modality", help="What a 3-D file is: t1, t1ce, t2 or flair.")
+        str | None,
+        typer.Option("--modality", help="What a 3-D file is: t1, t1ce, t2 or flair; of a folder: the one to use."),
     ] = None,
     channels: Annotated[
         str | None,
-        typer.Option("--channels", help="Volumes of a 4-D file in its order, for example t1,t1ce,t2,flair."),
+        typer.Option(
+            "--channels",
+            help="Volumes of a 4-D file in its order (default: what dataset.json of a Decathlon folder says, else "
+            "t1,t1ce,t2,flair).",
+        ),
     ] = None,
     t1: Annotated[Path | None, typer.Option("--t1", help="T1 image, instead of CASE.")] = None,
     t1ce: Annotated[Path | None, typer.Option("--t1ce", help="Contrast-enhanced T1.")] = None,
@@ -84,8 +89,6 @@ def infer(
     """Register a case to an atlas and segment its tumour, or many cases one after another."""
     named = {"t1": t1, "t1ce": t1ce, "t2": t2, "flair": flair}
     modalities = {name: path for name, path in named.items() if path is not None}
-    if not atlas:
-        raise UsageError("--atlas is empty; name sri24, a file or a folder")
     if not cases and not modalities:
         raise UsageError("no case given; name a folder, a file, or files with --t1, --t1ce, --t2, --flair")
     if cases and len(cases) > 1 and modalities:

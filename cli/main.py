@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import re
 import signal
 import sys
 
@@ -59,6 +61,12 @@ _register_verbs()
 def main() -> None:
     """Entry point of the ``jrs`` command."""
     signal.signal(signal.SIGTERM, _terminate)
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:  # under nohup it is ignored
+        signal.signal(hangup, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file's name may hold what its encoding cannot show; JSON reads this escape as it is.
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 
@@ -67,6 +75,9 @@ def run(arguments: list[str]) -> int:
 
     The environment variable ``JRS_DEBUG`` lets the traceback through.
     """
+    for number, argument in enumerate(arguments, 1):
+        if not argument or re.fullmatch(r"--[a-z][a-z-]*=", argument):
+            return _fail(f"argument {number}{f' ({argument})' if argument else ''} is empty; is a variable unset?", 2)
     try:
         result = app(arguments, prog_name="jrs", standalone_mode=False)
     except JrsError as error:
@@ -113,4 +124,4 @@ def _fail(message: str, code: int) -> int:
 
 def _terminate(number: int, frame: object) -> None:
     # An exception, so that temporary files are removed on the way out.
-    raise SystemExit(143)
+    raise SystemExit(128 + number)

@@ -17,7 +17,7 @@ import onnx.parser
 from onnx import numpy_helper
 
 from jrs.bundle import Bundle
-from jrs.errors import ConfigurationError
+from jrs.errors import AlreadyThereError, ConfigurationError
 from jrs.export.custom_op import model_of
 from jrs.export.graphs import code_names
 from jrs.files import whole_folder
@@ -44,6 +44,15 @@ class _Step:
     outputs: Mapping[str, str]
 
 
+def check_triton(repository: str | Path, atlas: str, precision: str, overwrite: bool = False) -> Path:
+    """The fixed image's file; raises what ``export_triton`` would, for a bundle of ``precision``."""
+    if precision == "bf16":
+        raise ConfigurationError("Triton runs graphs by ONNX Runtime, which has no BF16 convolutions; export in fp16")
+    if Path(repository).exists() and not overwrite:
+        raise AlreadyThereError(Path(repository), "choose another name or pass --overwrite")
+    return atlas_path(atlas)
+
+
 def export_triton(bundle: Bundle, repository: str | Path, atlas: str = "sri24", overwrite: bool = False) -> Path:
     """Write the repository of a bundle for one fixed image (a shipped name, a file or a folder).
 
@@ -51,9 +60,7 @@ def export_triton(bundle: Bundle, repository: str | Path, atlas: str = "sri24", 
     exists without ``overwrite``.
     """
     repository = Path(repository)
-    if bundle.manifest.precision == "bf16":
-        raise ConfigurationError(f"{bundle.folder}: ONNX Runtime has no BF16 convolutions; export an fp16 bundle")
-    path = atlas_path(atlas)
+    path = check_triton(repository, atlas, bundle.manifest.precision, overwrite)
     label = "".join(c if c.isalnum() else "_" for c in atlas_label(path, atlas if path != Path(atlas) else None))
     with whole_folder(repository, overwrite) as folder:
         models = {}

@@ -52,7 +52,7 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     new one is complete.
     """
     if path.exists() and not overwrite:
-        raise CannotCreateError(f"{path}: exists already; choose another name or pass --overwrite")
+        raise AlreadyThereError(path, "choose another name or pass --overwrite")
     if path.exists() and not path.is_dir():
         raise CannotCreateError(f"{path}: is a file, a folder is to be written there; choose another name")
     try:
@@ -148,9 +148,9 @@ def remove_tree(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all."""
+    """Write UTF-8 text, whole or not at all; of names that are none, each byte becomes an escape as JSON has them."""
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import combinations, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -52,18 +52,27 @@ class Case:
     """One patient's images by modality, in the order of `MODALITIES`.
 
     ``name`` is safe as a part of a file name. ``source`` is the path that was given, None where each
-    modality was named by itself.
+    modality was named by itself. ``notes`` say what was assumed to find them.
     """
 
     name: str
     images: dict[str, Volume]
     source: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def doubts(self) -> list[str]:
-        """What makes the images poor input, a line each: skulls, and modalities that do not lie on the first."""
+        """What makes the images poor input, a line each: what was assumed, skulls, one image for two modalities, and
+        modalities that do not lie on the first.
+        """
         unstripped = {name: note for name, volume in self.images.items() if (note := volume.unstripped) is not None}
-        doubts = [f"{', '.join(unstripped)}: {note}; do not trust the results" for note in [*unstripped.values()][:1]]
+        doubts = [*self.notes]
+        doubts += [f"{', '.join(unstripped)}: {note}; do not trust the results" for note in [*unstripped.values()][:1]]
+        doubts += [
+            f"{one} and {other} are the same image, voxel by voxel; give each modality its own, or leave one out"
+            for one, other in combinations(self.images, 2)
+            if _same(self.images[one], self.images[other])
+        ]
         first, *others = self.images
         for name in others:
             if (apart := _apart(self.images[first], self.images[name])) is not None:
@@ -72,6 +81,11 @@ class Case:
                     "other first, or check their headers"
                 )
         return doubts
+
+
+def _same(one: Volume, other: Volume) -> bool:
+    alike = one.data.shape == other.data.shape and np.array_equal(one.thinned, other.thinned)
+    return bool(alike and np.array_equal(one.data, other.data))
 
 
 def _apart(one: Volume, other: Volume) -> str | None:
@@ -102,8 +116,15 @@ def find_case(folder: Path | str) -> dict[str, Path]:
     for name, is_file in entries:
         modality = split_name(name)[1]
         # Hidden files: macOS leaves ._ twins of every image on foreign disks.
-        if modality is not None and not name.startswith(".") and IMAGE_FILE.search(name) and is_file:
+        if modality is None or name.startswith(".") or not IMAGE_FILE.search(name):
+            continue
+        if is_file:
             candidates.setdefault(modality, []).append(name)
+        elif (folder / name).is_symlink() and not (folder / name).exists():
+            raise MissingInputError(
+                f"{shown(folder / name)}: is a link to a file that is not there; fetch that (git annex get, datalad "
+                "get), or remove the link"
+            )
     found: dict[str, Path] = {}
     for modality, names in candidates.items():
         # What an earlier run wrote beside its input does not stand for it.
@@ -158,8 +179,8 @@ def load_case(
     files = find_case(path)
     if modality is not None and modality not in files:
         raise UsageError(f"{shown(path)}: holds no {modality}, only {', '.join(files)}; choose one of these")
-    name = _common_name(list(files.values()))
-    return Case(name, _read({modality: files[modality]} if modality else files), path)
+    name, notes = _common_name(list(files.values())), () if modality else _strangers(files)
+    return Case(name, _read({modality: files[modality]} if modality else files), path, notes)
 
 
 def _bids_folder(folder: Path) -> Path:
@@ -182,7 +203,13 @@ def _named_case(path: Path | str | None, described: bool, modalities: Mapping[st
         other = f"CASE {shown(path)}" if path is not None else "--modality or --channels"
         raise UsageError(f"{other} and files by modality (--t1, --flair, ...) exclude each other; give one")
     files = {_known(key, f"--{key}"): Path(file) for key, file in modalities.items()}
-    return Case(_common_name(list(files.values())), _read(files))
+    says = {key: split_name(file.name)[1] for key, file in files.items()}
+    notes = [
+        f"--{key} {shown(files[key])}: its name says {word}; make sure that it is {key}"
+        for key, word in says.items()
+        if word not in (None, key)
+    ]
+    return Case(_common_name(list(files.values())), _read(files), None, tuple(notes))
 
 
 def _case_of_file(path: Path, modality: str | None, channels: list[str] | None, default_channels: list[str]) -> Case:
@@ -192,15 +219,21 @@ def _case_of_file(path: Path, modality: str | None, channels: list[str] | None, 
         return Case(name, _read({modality or split_name(path.name)[1] or "t1": path}), path)
     if modality is not None:
         raise UsageError(f"{shown(path)}: file has {count} volumes, --modality is for a single one; use --channels")
-    names = default_channels if channels is None else channels
+    from jrs.runtime.msd import channels_of
+
+    listed_there = channels_of(path) if channels is None else None
+    names = listed_there or (default_channels if channels is None else channels)
     if count != len(names):
         volumes = f"file has {count} volume{'s' if count > 1 else ''}"
         listed = f"{len(names)}: {','.join(names)}"
         if channels is None:
             raise UsageError(f"{shown(path)}: {volumes}, the default is {listed}; name its own with --channels")
         raise UsageError(f"{shown(path)}: {volumes}, --channels names {listed}; name one modality for each volume")
+    notes: tuple[str, ...] = ()
+    if channels is None and listed_there is None:
+        notes = (f"the file's volumes are taken for {', '.join(names)}, in this order; --channels says what they are",)
     volumes_by_name = dict(zip(names, read_channels(path), strict=True))
-    return Case(name, _in_order(volumes_by_name), path)
+    return Case(name, _in_order(volumes_by_name), path, notes)
 
 
 def _read(files: Mapping[str, Path]) -> dict[str, Volume]:
@@ -275,6 +308,25 @@ def _common_name(files: list[Path]) -> str:
     shared = takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
     common = _safe("".join(column[0] for column in shared))
     return common or _safe(files[0].resolve().parent.name) or "case"
+
+
+_NO_PATIENT = ("run", "acq", "echo", "rec", "part", "inv", "desc")
+"""BIDS entities that may differ between images of one patient."""
+
+
+def _strangers(files: Mapping[str, Path]) -> tuple[str, ...]:
+    """A line if the images of a folder are named as two patients' or two sessions' are."""
+    words = {key: re.split(r"[_.-]", split_name(file.name)[0]) for key, file in files.items()}
+    (first, ours), *others = words.items()
+    for key, theirs in others:
+        place = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        if place is None or not ours[0] or not theirs[0]:
+            continue
+        # The first words are names; further on, numbers are.
+        if place == 0 or (ours[place].isdigit() and theirs[place].isdigit() and ours[place - 1] not in _NO_PATIENT):
+            both = f"{shown(files[first].name)} and {shown(files[key].name)}"
+            return (f"{both} are named as images of two patients or sessions; make sure that they are one's",)
+    return ()
 
 
 def _safe(text: str) -> str:

@@ -83,8 +83,8 @@ def _facts(report: Mapping[str, Any]) -> str:
     of, (before, after) = _get(similarity, "modality"), (_get(similarity, k) for k in ("before", "after"))
     facts = {
         "Folding, share of the brain": _html(_get(jacobian, "folding_percent"), 3, " %"),
-        "Mean Jacobian inside the tumour": _html(_get(jacobian, "inside_tumor")),
-        "Mean Jacobian outside the tumour": _html(_get(jacobian, "outside_tumor")),
+        "Mean Jacobian inside the tumour, case over atlas": _html(_get(jacobian, "inside_tumor")),
+        "Mean Jacobian outside it, case over atlas": _html(_get(jacobian, "outside_tumor")),
         f"Correlation with the atlas{f' ({_html(of)})' if of else ''}": f"{_html(before)} → {_html(after)}",
     }
     cards = "".join(f"<div><dt>{fact}</dt><dd>{value}</dd></div>" for fact, value in facts.items())

@@ -31,6 +31,8 @@ Sampler = Callable[[Array], npt.NDArray[Any]]
 
 INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
 _SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
+_MOST_LABELS = 64
+"""Of a label map; images of whole numbers have more."""
 
 
 def warp_volumes(
@@ -103,7 +105,7 @@ def _bspline(volume: npt.NDArray[Any], outside: float, threads: int | None) -> S
 def warp_file(
     image: Path, chain: Chain, reference: Path, out: Path, interpolation: Interpolation, outside: float = 0.0
 ) -> tuple[str, ...]:
-    """Resample a 3-D or 4-D file onto the grid of ``reference`` and write it; returns notes about the input."""
+    """Resample a 3-D or 4-D file onto the grid of ``reference`` and write it; returns what the user should know."""
     if not out.name.lower().endswith((".nii", ".nii.gz")):
         raise UsageError(f"{shown(out)}: images are written as NIfTI; end the name in .nii.gz")
     target = read_geometry(reference)
@@ -112,7 +114,21 @@ def warp_file(
     series = data.ndim == 4
     intent: Literal["image", "label"] = "label" if interpolation == "label" else "image"
     save_nifti(out, data, target, intent, fourth=_time_step(image) if series else None)
-    return volumes[0].notes
+    notes = [*volumes[0].notes]
+    if not (data != outside).any() and any(v.data.any() for v in volumes):
+        notes.append(
+            f"nothing of it lies where the transform leads from {shown(reference)}; is it in the moving image's space?"
+        )
+    if interpolation in ("linear", "bspline") and (labels := _label_count(volumes[0])):
+        notes.append(f"it holds {labels} whole numbers, as label maps do, and they were blended; -n label keeps labels")
+    return tuple(notes)
+
+
+def _label_count(volume: Volume) -> int:
+    """How many values an image has, if so few whole numbers that it may be a label map; else 0."""
+    values = np.unique(volume.thinned)
+    few = values.size <= _MOST_LABELS and bool((values == np.rint(values)).all())
+    return int(values.size) if few and values.size > 1 else 0
 
 
 def _read(image: Path, interpolation: Interpolation) -> list[Volume]:

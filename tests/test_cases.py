@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -413,3 +414,67 @@ def test_an_image_that_sees_less_of_the_brain_lies_where_the_other_lies() -> Non
     upper, lower = (whole.data[:, :, a:b] for a, b in ((40, 100), (0, 60)))
     parts = [whole.geometry.part((slice(0, 100), slice(0, 100), slice(a, b))) for a, b in ((40, 100), (0, 60))]
     assert not Case("x", {"t1": Volume(upper, parts[0]), "flair": Volume(lower, parts[1])}).doubts
+
+
+def test_one_image_for_two_modalities_is_told() -> None:
+    one = ball(75.0, 0.0, (2.0, 2.0, 2.0), 200.0)
+    other = Volume(one.data * 2.0, one.geometry)
+    (doubt,) = Case("x", {"t1": one, "t1ce": other, "t2": Volume(one.data.copy(), one.geometry)}).doubts
+    assert doubt.startswith("t1 and t2 are the same image, voxel by voxel;")
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("A_t1", "B_flair"), True),
+        (("case_12_t1", "case_13_flair"), True),
+        (("sub-01_ses-1_T1w", "sub-01_ses-2_FLAIR"), True),
+        (("BraTS20_001_t1", "BraTS20_001_flair"), False),
+        (("sub-01_run-1_T1w", "sub-01_run-2_FLAIR"), False),
+        (("sub-01_acq-mprage_T1w", "sub-01_FLAIR"), False),
+        (("sub-01_ce-gadolinium_T1w", "sub-01_T2w"), False),
+        (("t1", "flair"), False),
+        (("t1", "P7_flair"), False),
+    ],
+)
+def test_images_named_as_two_patients_are_told(tmp_path: Path, names: tuple[str, str], told: bool) -> None:
+    for number, name in enumerate(names):
+        image(tmp_path / f"{name}.nii.gz", level=100 * (number + 1))
+    notes = load_case(tmp_path).notes
+    assert len(notes) == told
+    assert not told or all(f"{name}.nii.gz" in notes[0] for name in names)
+
+
+def test_names_that_contradict_the_options_are_told(tmp_path: Path) -> None:
+    for name in ("p_t1", "p_flair", "q"):
+        image(tmp_path / f"{name}.nii.gz")
+    files = {"t1": tmp_path / "p_flair.nii.gz", "flair": tmp_path / "p_t1.nii.gz", "t2": tmp_path / "q.nii.gz"}
+    notes = load_case(None, modalities=files).notes
+    assert [note.split(":")[0] for note in notes] == [f"--t1 {files['t1']}", f"--flair {files['flair']}"]
+    assert "its name says flair" in notes[0]
+
+
+def test_a_link_to_nothing_is_no_missing_modality(tmp_path: Path) -> None:
+    """As git-annex leaves what has not been fetched."""
+    image(tmp_path / "p_flair.nii.gz")
+    (tmp_path / "p_t1.nii.gz").symlink_to(tmp_path / "annex" / "SHA256-1")
+    assert "git annex get" in usage("p_t1.nii.gz: is a link", tmp_path, error=MissingInputError)
+    (tmp_path / "p_t1.nii.gz").unlink()
+    (tmp_path / "p_t1.nii.gz").mkdir()  # no image either way
+    assert list(load_case(tmp_path).images) == ["flair"]
+
+
+@pytest.mark.parametrize("folder", ["imagesTr", "imagesTs", "elsewhere"])
+def test_a_decathlon_folder_says_what_the_volumes_are(tmp_path: Path, folder: str) -> None:
+    file = image(tmp_path / folder / "BRATS_001.nii.gz", level=1, volumes=4)
+    table = {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}
+    (tmp_path / "dataset.json").write_text(json.dumps({"modality": table}))
+    case = load_case(file)
+    values = {name: level(volume) // 1000 for name, volume in case.images.items()}
+    if folder == "elsewhere":
+        assert values == {"t1": 0, "t1ce": 1, "t2": 2, "flair": 3}
+        assert case.notes and "t1, t1ce, t2, flair, in this order; --channels" in case.notes[0]
+    else:
+        assert values == {"flair": 0, "t1": 1, "t1ce": 2, "t2": 3} and not case.notes
+    asked = load_case(file, channels=["t2", "t1", "t1ce", "flair"])
+    assert level(asked.images["t2"]) == 1 and not asked.notes

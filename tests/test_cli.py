@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import typing
@@ -332,19 +333,116 @@ def test_130_for_ctrl_c(infer: Callable[..., subprocess.CompletedProcess[str]], 
     assert not (tmp_path / "out").exists()
 
 
-def test_143_for_a_termination_that_leaves_nothing_half_written(
-    infer: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_128_and_more_for_a_signal_that_leaves_nothing_half_written(
+    infer: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, number: signal.Signals
 ) -> None:
-    """SIGTERM, as a batch system sends it, while the files are being written."""
-    killed = """
+    """SIGTERM, as a batch system sends it, or SIGHUP of a closed terminal, while the files are being written."""
+    killed = f"""
 import os, signal, time
 import jrs.runtime.report_html as h
 def page(*a, **k):
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), {int(number)})
     time.sleep(5)
 h.page = page
 """
     done = infer("--no-inverse", before=killed)
-    assert done.returncode == 143, done.stderr
+    assert done.returncode == 128 + number, done.stderr
     assert done.stdout == "" and "Traceback" not in done.stderr
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_terminal_that_is_closed_is_nothing_under_nohup(
+    infer: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    before = """
+import os, signal
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+import jrs.runtime.report_html as h
+real = h.page
+def page(*a, **k):
+    os.kill(os.getpid(), signal.SIGHUP)
+    return real(*a, **k)
+h.page = page
+"""
+    done = infer("--no-inverse", before=before)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["infer", ""], "argument 2 is empty; is a variable unset?"),
+        (["infer", "x", "--out", ""], "argument 4 is empty"),
+        (["infer", "x", "--out="], "argument 3 (--out=) is empty"),
+    ],
+)
+def test_2_for_an_argument_that_is_empty(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be the current folder."""
+    assert run(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"jrs: {told}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
+@pytest.mark.parametrize("folder", [False, True])
+def test_names_that_are_no_text(
+    infer: Callable[..., subprocess.CompletedProcess[str]], phantom: Any, tmp_path: Path, folder: bool
+) -> None:
+    """Latin-1 from an old disk: what is written holds the bytes as escapes, and is JSON."""
+    name = os.fsdecode(b"M\xfcller")
+    place = tmp_path / name
+    place.mkdir()
+    for file in Path(phantom.folder).glob("case7_t*.nii.gz"):
+        (place / f"{name}_{file.name.split('_')[-1]}").symlink_to(file)
+    case = place if folder else place / f"{name}_t1.nii.gz"
+    done = infer("--no-inverse", case=case)
+    assert done.returncode == 0, done.stderr
+    out = Path(json.loads(done.stdout)["out"])
+    assert out.name == "M_ller"
+    report = json.loads((out / "M_ller_report.json").read_text(encoding="utf-8"))
+    assert "M\udcfcller" in report["inputs"]["t1"]["file"]
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (("--precision", "bf16", "--triton", "models"), 78, "BF16"),
+        (("--triton", "there"), 73, "there: exists already"),
+        (("--triton", "models", "--triton-atlas", "nowhere.nii.gz"), 66, "nowhere.nii.gz"),
+        (("--capability", "8.6"), 2, "--capability is for --tensorrt"),
+        (("--tensorrt", "--capability", "1.0"), 2, "SM10 is no target"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_an_export_says_first_what_it_cannot_do(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    more: tuple[str, ...],
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "--tensorrt" in more:
+        pytest.importorskip("tensorrt_rtx")
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    assert run(["export", str(tiny_bundle.parent / "tiny.safetensors"), "--out", "bundle", *more]) == code
+    assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_training_says_first_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before label maps are aligned, which takes seconds each."""
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    for number in range(3):
+        (maps / f"seg_{number}.nii.gz").write_bytes(b"not even read")
+    common = ["train", "--synthetic", str(maps), "--out", str(tmp_path / "run")]
+    assert run(common) == 78
+    assert "3 images are too few" in capsys.readouterr().err
+    assert run([*common, "--init", str(tmp_path / "nowhere.safetensors")]) == 66
+    assert "nowhere.safetensors" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["maps"]

@@ -215,6 +215,31 @@ def test_an_outside_value_that_the_type_cannot_hold_is_refused(scene: Scene) -> 
         scene.jrs(scene.labels, "-t", scene.h5, "-n", "nearest", "--outside", value, code=2)
 
 
+def test_labels_that_are_blended_are_told(
+    scene: Scene, helpers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene.jrs(scene.labels, "-t", scene.h5)
+    assert "labels.nii.gz: it holds 6 whole numbers, as label maps do" in capsys.readouterr().err
+    whole = helpers.write_image(tmp_path / "whole.nii.gz", np.rint(scene.data).astype(np.int16), scene.affine)
+    scene.jrs(scene.labels, "-t", scene.h5, "-n", "label")
+    scene.jrs(scene.image, "-t", scene.h5)
+    scene.jrs(whole, "-t", scene.h5)
+    assert "whole numbers" not in capsys.readouterr().err
+
+
+def test_an_image_that_lies_elsewhere_is_told(
+    scene: Scene, helpers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    affine = scene.affine.copy()
+    affine[:3, 3] += 900.0
+    far = helpers.write_image(tmp_path / "far.nii.gz", scene.data, affine)
+    for outside in ("0", "-7"):
+        assert (voxels(scene.jrs(far, "-t", scene.h5, "--outside", outside)) == float(outside)).all()
+        assert "far.nii.gz: nothing of it lies where the transform leads" in capsys.readouterr().err
+    scene.jrs(scene.image, "-t", scene.h5)
+    assert "nothing of it" not in capsys.readouterr().err
+
+
 # Series and odd inputs ------------------------------------------------------------------------------------
 
 

@@ -118,6 +118,7 @@ def train_run(request: TrainRequest) -> None:
 
 def _completed(request: TrainRequest) -> TrainRequest:
     """The request with what a resumed run knows already; raises JrsError if the folder does not fit the request."""
+    from jrs.models.checkpoint import find_checkpoint
     from jrs.train.state import LAST, PREVIOUS, load_last
 
     there = any((request.out / name).exists() for name in (LAST, PREVIOUS))
@@ -125,6 +126,8 @@ def _completed(request: TrainRequest) -> TrainRequest:
         raise MissingInputError(f"{request.out}: holds no {LAST} to resume; drop --resume to start")
     if not request.resume and there:
         raise CannotCreateError(f"{request.out}: holds a run already; pass --resume, or choose another folder")
+    if request.init is not None:
+        find_checkpoint(request.init)
     known: dict[str, str | None] = {}
     if request.resume and request.synthetic is None and request.data is None:
         known = load_last(request.out).training.get("record", {}).get("options", {})
@@ -239,6 +242,8 @@ def _sources(request: TrainRequest, config: TrainConfig, device: torch.device) -
                 config.synthesis.oversampling,
             )
 
+        if request.validation is None:  # before minutes are spent on aligning them
+            split_indices(len(find_label_maps(request.synthetic)), config)
         maps = load(request.synthetic)
         if request.validation is not None:
             held_out = load(request.validation)

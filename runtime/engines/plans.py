@@ -140,6 +140,20 @@ def _this_device(library: ModuleType) -> Device:
     return devices[0]
 
 
+def check_targets(library: ModuleType, options: BuildOptions) -> None:
+    """Raise UsageError for targets that the library does not build for, BackendError if there is none at all."""
+    if not options.capabilities:
+        _this_device(library)
+        return
+    trt: Any = library
+    if not hasattr(trt, "ComputeCapability"):
+        raise UsageError(f"{trt.__name__} builds for the GPU at hand alone; --capability needs --library tensorrt-rtx")
+    known = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")]
+    for name in options.capabilities:
+        if name not in known:
+            raise UsageError(f"{name} is no target of {trt.__name__}; choose from {', '.join(known)}")
+
+
 # Building -------------------------------------------------------------------------------------------------
 
 
@@ -187,12 +201,7 @@ def build_plan(
 def _set_targets(trt: Any, config: Any, options: BuildOptions) -> None:
     if not options.capabilities:
         return
-    if not hasattr(trt, "ComputeCapability"):
-        raise UsageError(f"{trt.__name__} builds for the GPU at hand alone; --capability needs --library tensorrt-rtx")
-    known = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")]
-    for name in options.capabilities:
-        if name not in known:
-            raise UsageError(f"{name} is no target of {trt.__name__}; choose from {', '.join(known)}")
+    check_targets(trt, options)
     config.num_compute_capabilities = len(options.capabilities)
     for index, name in enumerate(sorted(options.capabilities)):
         config.set_compute_capability(getattr(trt.ComputeCapability, name), index)

@@ -6,18 +6,18 @@ than BraTS in both. What ``dataset.json`` says is what is done.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from jrs.errors import BadDataError
 from jrs.headers import shown
 from jrs.manifest import MODALITIES
-from jrs.runtime.cases import IMAGE_FILE, known_modality
+from jrs.runtime.cases import IMAGE_FILE
+from jrs.runtime.msd import DESCRIPTION, channels, described, table
 from jrs.train.datasets.case import BACKGROUND, CORE, EDEMA, ENHANCING, ImageFile, TrainingCase
 from jrs.train.datasets.walk import stem_of
 
-_IMAGES, _LABELS, _DESCRIPTION = "imagesTr", "labelsTr", "dataset.json"
+_IMAGES, _LABELS = "imagesTr", "labelsTr"
 _TASK01: dict[str, Any] = {
     "modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"},
     "labels": {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"},
@@ -31,18 +31,18 @@ def recognized(folder: Path) -> bool:
 
 def find(folder: Path) -> list[TrainingCase]:
     """The training cases, in the order of their names; raises BadDataError for a description that says too little."""
-    file = folder / _DESCRIPTION
-    described = _described(file) if file.exists() else _TASK01
-    notes = () if file.exists() else (f"no {_DESCRIPTION}: channels and labels are taken as published",)
-    channels = _channels(file, described)
-    classes = _classes(file, described)
+    file = folder / DESCRIPTION
+    description = described(file) if file.exists() else _TASK01
+    notes = () if file.exists() else (f"no {DESCRIPTION}: channels and labels are taken as published",)
+    volumes = channels(file, description)
+    classes = _classes(file, description)
     cases = []
-    for image in _image_files(folder, described):
+    for image in _image_files(folder, description):
         label = folder / _LABELS / image.name
         cases.append(
             TrainingCase(
                 name=stem_of(image.name),
-                images={m: ImageFile(image, channels[m]) for m in MODALITIES if m in channels},
+                images={m: ImageFile(image, volumes[m]) for m in MODALITIES if m in volumes},
                 segmentation=ImageFile(label) if label.exists() else None,
                 tumor_classes=classes if label.exists() else None,
                 layout="msd",
@@ -52,40 +52,9 @@ def find(folder: Path) -> list[TrainingCase]:
     return sorted(cases, key=lambda case: case.name)
 
 
-def _described(file: Path) -> dict[str, Any]:
-    try:
-        value: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadDataError(f"{shown(file)}: is not JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise BadDataError(f"{shown(file)}: must be an object with modality and labels; download it again")
-    return value
-
-
-def _table(file: Path, described: dict[str, Any], key: str) -> dict[int, str]:
-    value = described.get(key)
-    if not isinstance(value, dict) or not all(str(k).isdigit() for k in value):
-        raise BadDataError(f"{shown(file)}: has no table {key} from number to name; download it again")
-    return {int(number): str(name) for number, name in value.items()}
-
-
-def _channels(file: Path, described: dict[str, Any]) -> dict[str, int]:
-    """Modality to volume of the 4-D files."""
-    channels: dict[str, int] = {}
-    for index, name in _table(file, described, "modality").items():
-        modality = known_modality(name)
-        if modality is None or modality in channels:
-            raise BadDataError(
-                f"{shown(file)}: channel {index} is {name!r}, T1w, T1gd, T2w and FLAIR are needed, each once; "
-                "is it the brain tumour task?"
-            )
-        channels[modality] = index
-    return channels
-
-
-def _classes(file: Path, described: dict[str, Any]) -> dict[int, str]:
+def _classes(file: Path, description: dict[str, Any]) -> dict[int, str]:
     classes = {}
-    for value, name in _table(file, described, "labels").items():
+    for value, name in table(file, description, "labels").items():
         kind = class_named(name)
         if kind is None:
             raise BadDataError(f"{shown(file)}: label {value} is {name!r}, not a class of tumour that jrs knows")
@@ -110,9 +79,9 @@ def class_named(text: str) -> str | None:
     return ENHANCING if "enhancing" in words else None
 
 
-def _image_files(folder: Path, described: dict[str, Any]) -> list[Path]:
+def _image_files(folder: Path, description: dict[str, Any]) -> list[Path]:
     """As the description lists them, so that one that was not downloaded is missed; else what is there."""
-    listed = described.get("training")
+    listed = description.get("training")
     if isinstance(listed, list) and listed and all(isinstance(row, dict) and "image" in row for row in listed):
         return [folder / str(row["image"]) for row in listed]
     there = sorted(p for p in (folder / _IMAGES).iterdir() if IMAGE_FILE.search(p.name))
