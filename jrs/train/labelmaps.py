@@ -28,6 +28,10 @@ Codes = npt.NDArray[np.uint8]
 
 # T1-like intensity of each tissue (jrs.structures.TISSUES), enough for an affine against a T1 atlas.
 _T1 = np.array([0.0, 1.0, 0.72, 0.82, 0.30, 0.70, 0.95], dtype=np.float32)
+_EXTRACEREBRAL = 500
+"""From here on numbers are of what lies around the brain, or of parcels of its cortex."""
+_MOST_UNKNOWN = 0.2
+"""Of the voxels with other numbers; segmentations have none that are unknown, images most."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,13 @@ def _prepare(path: Path, placed: Geometry, atlas: Volume) -> tuple[Codes, Codes]
     tissue = to_tissue[labels.data]
     if not tissue.any():
         raise BadDataError(f"{path}: holds no FreeSurfer label of the brain; give a segmentation like aseg")
+    within = (labels.data > 0) & (labels.data < _EXTRACEREBRAL)
+    unknown = float((tissue[within] == 0).mean()) if within.any() else 0.0
+    if unknown > _MOST_UNKNOWN:
+        raise BadDataError(
+            f"{path}: {unknown:.0%} of its voxels hold numbers that are no FreeSurfer label; is it an image? Give a "
+            "segmentation like aseg"
+        )
     drawn = Volume(_T1[tissue], labels.geometry, path)
     matrix = register_affine(drawn, atlas).matrix
     coords = affine_coords(placed.shape, labels.geometry.inverse @ matrix @ placed.affine)
