@@ -6,7 +6,9 @@ SimpleITK; what a file is, its content tells.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,24 @@ def _write(path: Path, transform: Any) -> None:
 
     with whole_file(path) as temporary:
         try:
-            sitk.WriteTransform(transform, str(temporary))
+            with _silenced():
+                sitk.WriteTransform(transform, str(temporary))
         except RuntimeError as error:
             raise unnumbered(error, temporary.parent) from error
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Without what libraries print on the process's stderr: HDF5 its whole call chain, before ITK says it in a line."""
+    try:
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # closed
+        yield
+        return
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

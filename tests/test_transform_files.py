@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from jrs.errors import BadDataError, MissingInputError, UsageError
+from jrs.errors import BadDataError, JrsError, MissingInputError, UsageError
 from jrs.fields import DisplacementField
 from jrs.geometry import Geometry
 from jrs.runtime.chain import Chain
@@ -243,3 +244,18 @@ def test_endings_that_cannot_hold_it_are_refused(tmp_path: Path, chain: Chain, g
         with pytest.raises(UsageError):
             save_fsl(tmp_path / name, chain, grid, grid)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_hdf5_prints_of_a_full_disk_is_not_shown(
+    tmp_path: Path, chain: Chain, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(transform: Any, path: str) -> None:
+        os.write(2, b"HDF5-DIAG: Error detected in HDF5\n")
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(sitk, "WriteTransform", full)
+    with pytest.raises(JrsError):
+        save_transform(tmp_path / "xfm.h5", chain)
+    os.write(2, b"shown again\n")
+    assert capfd.readouterr().err == "shown again\n"
+    assert not list(tmp_path.iterdir())
