@@ -62,6 +62,9 @@ def export(
     if triton is not None:
         from jrs.export.triton import check_triton
 
+        bundle_folder, models = out.resolve(), triton.resolve()
+        if bundle_folder == models or bundle_folder in models.parents or models in bundle_folder.parents:
+            raise UsageError(f"--triton {triton}: the repository and the bundle, {out}, need folders beside each other")
         check_triton(triton, triton_atlas, wanted, overwrite)
     bundle = export_bundle(checkpoint, out, wanted, name, sides, overwrite, check_on or ())
     table(
@@ -78,7 +81,7 @@ def export(
     if options is not None:
         from jrs.cli.build import build_bundle
 
-        for path in build_bundle(bundle, "auto", options):
+        for path in build_bundle(bundle, _library(options), options):
             print(path)
     if triton is not None:
         from jrs.export.triton import export_triton
@@ -88,12 +91,19 @@ def export(
 
 def _engines(capabilities: Sequence[str]) -> BuildOptions:
     """How engines of the bundle to come are built; raises what would be raised then."""
-    from jrs.cli.build import choose_library, parse_capability
+    from jrs.cli.build import parse_capability
     from jrs.runtime.engines.plans import BuildOptions, check_targets, import_library
 
     options = BuildOptions(capabilities=tuple(parse_capability(c) for c in capabilities))
-    check_targets(import_library(choose_library("auto")), options)
+    check_targets(import_library(_library(options)), options)
     return options
+
+
+def _library(options: BuildOptions) -> str:
+    """The one that builds for other GPUs, where they are named; else the first that is installed."""
+    from jrs.cli.build import choose_library
+
+    return choose_library("tensorrt-rtx" if options.capabilities else "auto")
 
 
 def _accuracy_table(bundle: Bundle) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -94,7 +95,6 @@ def infer(
     if cases and len(cases) > 1 and modalities:
         raise UsageError(f"--{next(iter(modalities))} is for one case, and {len(cases)} are given; leave it out")
     from jrs.runtime.cohort import Cohort
-    from jrs.runtime.names import TABLE
     from jrs.runtime.pipeline import InferOptions, Pipeline
     from jrs.runtime.results import summary_line
 
@@ -112,6 +112,8 @@ def infer(
     many = len(cases or ()) > 1
     with Pipeline.open(bundle, backend, precision, threads) as pipeline, status() as say:
         cohort = Cohort(pipeline, atlas, options, out, overwrite, skip_existing)
+        if many:
+            cohort.write_table()  # where that cannot be done it is said before the work
         for number, case in enumerate(cases or [None], 1):
             which = f"{number} of {len(cases or ())}, {shown(case)}: " if many and case is not None else ""
             pipeline.progress = lambda stage, which=which: say(which + stage)  # type: ignore[misc]
@@ -124,11 +126,13 @@ def infer(
                 note(f"jrs: {done.error}")
             elif done.there:
                 note(f"jrs: {done.report}: is there already, left out")
-            if done.report is not None:
-                print(summary_line(done.report), flush=True)
             if many:
                 cohort.write_table()
+            if done.report is not None:
+                # Other encodings' escapes are none of JSON's.
+                utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+                print(summary_line(done.report, ascii_only=not utf8), flush=True)
     failed = [done.error for done in cohort.outcomes if done.error is not None]
     if failed:
-        note(f"jrs: {len(failed)} of {len(cohort.outcomes)} cases failed; {out / TABLE} says why")
+        note(f"jrs: {len(failed)} of {len(cohort.outcomes)} cases failed, as told above")
         raise typer.Exit(failed[0].exit_code)

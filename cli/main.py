@@ -76,7 +76,7 @@ def run(arguments: list[str]) -> int:
     The environment variable ``JRS_DEBUG`` lets the traceback through.
     """
     for number, argument in enumerate(arguments, 1):
-        if not argument or re.fullmatch(r"--[a-z][a-z-]*=", argument):
+        if not argument or re.fullmatch(r"--[a-z][a-z0-9-]*=", argument):
             return _fail(f"argument {number}{f' ({argument})' if argument else ''} is empty; is a variable unset?", 2)
     try:
         result = app(arguments, prog_name="jrs", standalone_mode=False)

@@ -134,7 +134,7 @@ def whole_set(folder: Path, names: list[str], stale: list[str], overwrite: bool 
 def refuse_existing(folder: Path, names: list[str], overwrite: bool) -> None:
     """Raise AlreadyThereError if one of the files is there, unless ``overwrite``."""
     if folder.exists() and not folder.is_dir():
-        raise CannotCreateError(f"{folder}: is a file, a folder is to be written there; choose another --out")
+        raise AlreadyThereError(folder, "it is a file, and a folder is to be written there; choose another --out")
     there = [name for name in names if (folder / name).exists()]
     if there and not overwrite:
         raise AlreadyThereError(folder / there[0], "choose another --out or pass --overwrite")

@@ -15,8 +15,14 @@ from jrs.geometry import Geometry
 
 MOST_BRAIN_ML = 2300.0
 """A brain with the fluid around it, loosely stripped, takes less; a head takes 3000 and more."""
-_LEAST_AIR, _LEAST_BELOW = 0.1, 0.1
-"""Of an image normalised around zero: the share that is exactly zero, and of the rest the share below zero."""
+_LEAST_AIR, _MOST_AIR = 0.1, 0.3
+"""The share of an image that is exactly zero, or of another value, if that is what lies around the brain."""
+_LEAST_BELOW = 0.1
+"""The share of the rest that lies below its surroundings in an image normalised around zero."""
+_NEARLY, _WIDER = 2e-4, 100.0
+"""Of an image's range: as far from zero as a spline's ripples in the air, and so many times as far near the brain."""
+_LEAST_RIPPLES = 0.02
+"""The share of an image that such ripples make up where there are any."""
 _RIPPLE = 0.05
 """Of the bright end: as far below zero as resampling leads an image that is not."""
 
@@ -116,22 +122,55 @@ def _thinned(data: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def raised(data: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """An image (X,Y,Z), or, if it was normalised around zero within the brain and is 0 outside, its brain above zero.
+    """An image (X,Y,Z) with air of 0 and the brain above it, as most are; of others their intensities, moved there.
 
-    Many programs for training write such images (z-scores of the foreground). Half of a brain lies below zero there,
-    where that of others has nothing but ripples.
+    Those are normalised around zero within the brain, so that half of it lies below its surroundings (z-scores of the
+    foreground, which many programs for training write), or have another number than 0 around the brain. Resampling's
+    ripples, some of them negative, stay as they are.
     """
     sample = _thinned(data)
-    bright = sample[sample > 0]
-    if bright.size == 0 or np.count_nonzero(sample == 0) < _LEAST_AIR * sample.size:
+    air, width = _air(sample)
+    if air is None:
+        return data
+    beside = sample[np.abs(sample - air) > width] - air
+    bright = beside[beside > 0]
+    if bright.size == 0:
         return data
     high = float(np.percentile(bright, 98.0))
-    if np.count_nonzero(sample < -_RIPPLE * high) <= _LEAST_BELOW * np.count_nonzero(sample):
+    lift = 0.0
+    if np.count_nonzero(beside < -_RIPPLE * high) > _LEAST_BELOW * beside.size:
+        low = float(data.min()) - air
+        lift = _RIPPLE * (high - low) - low
+    elif abs(air) <= _NEARLY * high:
         return data
-    low = float(data.min())
-    lift = np.float32(_RIPPLE * (high - low) - low)
-    lifted: npt.NDArray[Any] = np.where(data == 0, np.float32(0.0), data + lift)
+    around = data == air if width == 0.0 else ~_filled(np.abs(data - np.float32(air)) > np.float32(width))
+    lifted: npt.NDArray[Any] = np.where(around, np.float32(0.0), data + np.float32(lift - air))
     return lifted
+
+
+def _air(sample: npt.NDArray[Any]) -> tuple[float | None, float]:
+    """The intensity around the brain, None if none is found, and how far from it a voxel still is air."""
+    zeros = np.count_nonzero(sample == 0)
+    if zeros < _LEAST_AIR * sample.size:
+        values, counts = np.unique(sample, return_counts=True)
+        most = counts.argmax()
+        # Noise, whole numbers too, has no value that a third of an image shares.
+        if counts[most] >= _MOST_AIR * sample.size:
+            return float(values[most]), 0.0
+    width = _NEARLY * float(np.ptp(sample))
+    near = np.count_nonzero(np.abs(sample) <= width)
+    if near - zeros >= _LEAST_RIPPLES * sample.size and near >= _MOST_AIR * sample.size:
+        return 0.0, width * _WIDER
+    return (0.0, 0.0) if zeros >= _LEAST_AIR * sample.size else (None, 0.0)
+
+
+def _filled(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """With its holes: what lies near the air's number within a brain is brain."""
+    import SimpleITK as sitk
+
+    filled = sitk.BinaryFillhole(sitk.GetImageFromArray(mask.astype(np.uint8)))
+    found: npt.NDArray[np.bool_] = sitk.GetArrayFromImage(filled).astype(bool)
+    return found
 
 
 def foreground_mask(data: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

@@ -104,8 +104,8 @@ def _apart(one: Volume, other: Volume) -> str | None:
     return f"{100 * shared:.0f} % of the smaller foreground is in the other's"
 
 
-def find_case(folder: Path | str) -> dict[str, Path]:
-    """The image file of each modality in a folder, in the order of `MODALITIES`.
+def find_case(folder: Path | str, only: str | None = None) -> dict[str, Path]:
+    """The image file of each modality in a folder, in the order of `MODALITIES`; ``only`` that one is asked for.
 
     Segmentations, masks and whatever else has no known ending are ignored, and moved images beside their sources.
     Raises MissingInputError if there is none, UsageError if two files claim one modality.
@@ -113,6 +113,7 @@ def find_case(folder: Path | str) -> dict[str, Path]:
     folder = Path(folder)
     candidates: dict[str, list[str]] = {}
     entries = _entries(folder)
+    gone: dict[str, str] = {}
     for name, is_file in entries:
         modality = split_name(name)[1]
         # Hidden files: macOS leaves ._ twins of every image on foreign disks.
@@ -120,10 +121,13 @@ def find_case(folder: Path | str) -> dict[str, Path]:
             continue
         if is_file:
             candidates.setdefault(modality, []).append(name)
-        elif (folder / name).is_symlink() and not (folder / name).exists():
+        elif (folder / name).is_symlink() and not (folder / name).exists() and _MOVED not in name:
+            gone[modality] = name
+    for modality in gone.keys() - candidates.keys():
+        if only in (None, modality):
             raise MissingInputError(
-                f"{shown(folder / name)}: is a link to a file that is not there; fetch that (git annex get, datalad "
-                "get), or remove the link"
+                f"{shown(folder / gone[modality])}: is a link to a file that is not there; fetch that (git annex get, "
+                "datalad get), or remove the link"
             )
     found: dict[str, Path] = {}
     for modality, names in candidates.items():
@@ -176,7 +180,7 @@ def load_case(
     if channels is not None:
         raise UsageError(f"{shown(path)}: is a folder and --channels is for a 4-D file; leave it out")
     path = _bids_folder(path)
-    files = find_case(path)
+    files = find_case(path, modality)
     if modality is not None and modality not in files:
         raise UsageError(f"{shown(path)}: holds no {modality}, only {', '.join(files)}; choose one of these")
     name, notes = _common_name(list(files.values())), () if modality else _strangers(files)
@@ -231,7 +235,10 @@ def _case_of_file(path: Path, modality: str | None, channels: list[str] | None, 
         raise UsageError(f"{shown(path)}: {volumes}, --channels names {listed}; name one modality for each volume")
     notes: tuple[str, ...] = ()
     if channels is None and listed_there is None:
-        notes = (f"the file's volumes are taken for {', '.join(names)}, in this order; --channels says what they are",)
+        notes = (
+            f"its volumes are taken for {', '.join(names)}, in this order; what else they are a case's --channels "
+            "tells, or a folder with a file for each",
+        )
     volumes_by_name = dict(zip(names, read_channels(path), strict=True))
     return Case(name, _in_order(volumes_by_name), path, notes)
 
@@ -310,23 +317,35 @@ def _common_name(files: list[Path]) -> str:
     return common or _safe(files[0].resolve().parent.name) or "case"
 
 
-_NO_PATIENT = ("run", "acq", "echo", "rec", "part", "inv", "desc")
-"""BIDS entities that may differ between images of one patient."""
+_PERSONS = ("sub", "ses")
+_NO_PERSONS = ("run", "acq", "echo", "rec", "part", "inv", "desc", "chunk", "res", "series", "scan")
+"""Words before a number that may differ between images of one patient."""
+_NUMBERED = re.compile(r"([a-z]*)\d+")
 
 
 def _strangers(files: Mapping[str, Path]) -> tuple[str, ...]:
     """A line if the images of a folder are named as two patients' or two sessions' are."""
-    words = {key: re.split(r"[_.-]", split_name(file.name)[0]) for key, file in files.items()}
+    words = {key: re.split(r"[_.-]", split_name(file.name)[0].lower()) for key, file in files.items()}
     (first, ours), *others = words.items()
     for key, theirs in others:
         place = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-        if place is None or not ours[0] or not theirs[0]:
-            continue
-        # The first words are names; further on, numbers are.
-        if place == 0 or (ours[place].isdigit() and theirs[place].isdigit() and ours[place - 1] not in _NO_PATIENT):
+        if place is not None and _name_persons(ours, theirs, place):
             both = f"{shown(files[first].name)} and {shown(files[key].name)}"
             return (f"{both} are named as images of two patients or sessions; make sure that they are one's",)
     return ()
+
+
+def _name_persons(ours: list[str], theirs: list[str], place: int) -> bool:
+    """Whether what differs is a person's number: pat12 and pat13, case_12 and case_13, sub-A and sub-B."""
+    before = ours[place - 1] if place else ""
+    if before in _PERSONS:
+        return True
+    numbers = [_NUMBERED.fullmatch(words[place]) for words in (ours, theirs)]
+    stems = {number[1] for number in numbers if number is not None}
+    if None in numbers or len(stems) > 1 or (stem := stems.pop()) in _NO_PERSONS:
+        return False
+    # Numbers alone may be of series, behind an identifier that is the same.
+    return bool(stem) or (before.isalpha() and before not in _NO_PERSONS)
 
 
 def _safe(text: str) -> str:

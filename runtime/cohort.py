@@ -16,6 +16,7 @@ from jrs.errors import (
     CannotCreateError,
     ConfigurationError,
     JrsError,
+    OutOfMemoryError,
     OutputError,
     UsageError,
 )
@@ -28,6 +29,12 @@ from jrs.runtime.results import result_line
 _OF_ALL = (BackendError, CannotCreateError, ConfigurationError, OutputError)
 """Errors that the next case would meet as well."""
 _REGIONS = ("WT", "TC", "ET")
+COLUMNS = (
+    *("source", "case", "atlas", "status", "out"),
+    *(f"{region}_{kind}_ml" for region in _REGIONS for kind in ("native", "affine", "moved")),
+    *("WT_to_affine", "folding_percent", "correlation", "seconds", "warnings", "error"),
+)
+"""Of the table."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Cohort:
     ) -> None:
         if overwrite and skip_existing:
             raise UsageError("--overwrite and --skip-existing contradict each other; give one of them")
-        pipeline.check(atlas, options)
+        self._label = pipeline.check(atlas, options)
         self._pipeline, self._atlas, self._out = pipeline, atlas, out
         self._overwrite, self._skip = overwrite, skip_existing
         self._options = replace(options, keep_clear_of=None if overwrite else out)
@@ -76,14 +83,10 @@ class Cohort:
             raise
         except JrsError as error:
             outcome = Outcome(case, error=error)
-        try:
-            row = _row(outcome)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            what = f"{shown(outcome.report or '')}: is no report of jrs; remove it or pass --overwrite"
-            outcome = Outcome(case, error=BadDataError(what))
-            row = _row(outcome)
+        except MemoryError:
+            outcome = Outcome(case, error=OutOfMemoryError("out of memory; close other programs"))
         self.outcomes.append(outcome)
-        self._rows.append(row)
+        self._rows.append(_row(outcome))
         return outcome
 
     def _done(self, case: Path | None) -> Outcome:
@@ -98,9 +101,18 @@ class Cohort:
     def _there(self, case: Path | None, error: AlreadyThereError) -> Outcome:
         if error.file in self._reports():
             return Outcome(case, error=self._same_name(case, error.file))
-        if self._skip and error.file.suffix == ".json":
-            return Outcome(case, error.file, there=True)
-        return Outcome(case, error=error)
+        if not self._skip or error.file.suffix != ".json":
+            return Outcome(case, error=error)
+        try:
+            report = json.loads(error.file.read_text(encoding="utf-8"))
+            theirs = report["atlas"], report["bundle"]["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            what = f"{shown(error.file)}: is no report of jrs; remove it or pass --overwrite"
+            return Outcome(case, error=BadDataError(what))
+        if theirs != (self._label, self._pipeline.network.bundle.sha256):
+            what = f"{shown(error.file)}: is of atlas {theirs[0]}, or of another bundle; give another --out"
+            return Outcome(case, error=UsageError(what))
+        return Outcome(case, error.file, there=True)
 
     def _reports(self) -> set[Path]:
         return {outcome.report for outcome in self.outcomes if outcome.report is not None}
@@ -113,22 +125,43 @@ class Cohort:
         )
 
     def write_table(self) -> Path:
-        """All cases so far as ``out/cases.csv``, a row each; returns that file."""
+        """A row for each case as ``out/cases.csv``; returns that file.
+
+        Rows of other cases that are there stay, and those of results that are there still where a case failed now.
+        Nothing is written while no case has a result. Raises AlreadyThereError if the file is another's.
+        """
         file = self._out / TABLE
-        stream = io.StringIO()
-        writer = csv.DictWriter(stream, list(self._rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self._rows)
-        write_text(file, stream.getvalue())
+        rows = {row["source"]: row for row in _table(file)}
+        for row in self._rows:
+            if row["status"] != "failed" or rows.get(row["source"], row)["status"] == "failed":
+                rows[row["source"]] = row
+        if any(row["status"] != "failed" for row in rows.values()):
+            stream = io.StringIO()
+            writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows.values())
+            write_text(file, stream.getvalue())
         return file
+
+
+def _table(file: Path) -> list[dict[str, Any]]:
+    """The rows of a table that is there."""
+    if not file.exists():
+        return []
+    try:
+        reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8")))
+        rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error):
+        reader, rows = None, []
+    if reader is None or tuple(reader.fieldnames or ()) != COLUMNS:
+        raise AlreadyThereError(file, "it is no table of jrs infer; choose another --out")
+    return rows
 
 
 def _row(outcome: Outcome) -> dict[str, Any]:
     """Of the table: where a case came from and what became of it."""
-    row: dict[str, Any] = dict.fromkeys(("source", "case", "atlas", "status", "out"), "")
-    row["source"] = "" if outcome.source is None else str(outcome.source)
-    volumes = [f"{region}_{kind}" for region in _REGIONS for kind in ("native_ml", "affine_ml", "moved_ml")]
-    row |= dict.fromkeys([*volumes, "WT_to_affine", "folding_percent", "correlation", "seconds"], "")
+    row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
+    row |= {"source": "" if outcome.source is None else str(outcome.source)}
     row |= {"warnings": " | ".join(outcome.warnings), "error": "" if outcome.error is None else str(outcome.error)}
     row["status"] = "failed" if outcome.report is None else "there before" if outcome.there else "done"
     if outcome.report is None:

@@ -78,7 +78,7 @@ class InferOptions:
     def __post_init__(self) -> None:
         if self.same_patient is None:
             return
-        if not isinstance(self.same_patient, bool | int | np.bool_):
+        if self.same_patient not in (True, False):
             raise UsageError(f"same_patient {self.same_patient!r}: must be true, false or None")
         if not self.refine:
             raise UsageError(
@@ -154,10 +154,10 @@ class Pipeline:
         self._fixed.clear()
         self.network.__exit__(kind, error, trace)
 
-    def check(self, atlas: str | Path, options: InferOptions) -> None:
-        """Raise UsageError or MissingInputError for what no case can be registered with, before any is read."""
-        atlas_path(atlas)
+    def check(self, atlas: str | Path, options: InferOptions) -> str:
+        """Raise UsageError or MissingInputError for what no case can be registered with; returns the atlas's label."""
         label_scheme(self.network.bundle.manifest.model.label_values, options.label_scheme)
+        return _label(atlas)
 
     def infer(
         self,
@@ -178,8 +178,7 @@ class Pipeline:
         clock = _Clock(self.progress)
         start = time.perf_counter()
         spec = self.network.bundle.manifest.model
-        path = atlas_path(atlas)
-        label = atlas_label(path, str(atlas) if path != Path(atlas) else None)
+        path, label = atlas_path(atlas), _label(atlas)
         scheme, values = label_scheme(spec.label_values, options.label_scheme)
         segments = options.segment and spec.architecture.segmentation
         self.network.open_ahead(_graphs(segments))
@@ -360,6 +359,11 @@ class Pipeline:
             "foreground_overlap_after": round(after.overlap, 4),
         }
         return matrix, quality, () if warning is None else (warning,)
+
+
+def _label(atlas: str | Path) -> str:
+    path = atlas_path(atlas)
+    return atlas_label(path, str(atlas) if path != Path(atlas) else None)
 
 
 def _graphs(segments: bool) -> list[str]:

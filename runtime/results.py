@@ -266,10 +266,10 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def summary_line(report_file: Path) -> str:
+def summary_line(report_file: Path, ascii_only: bool = False) -> str:
     """One JSON line about a finished case, for stdout."""
     report = json.loads(report_file.read_text(encoding="utf-8"))
-    return json.dumps(result_line(report, report_file.parent), ensure_ascii=False)
+    return json.dumps(result_line(report, report_file.parent), ensure_ascii=ascii_only)
 
 
 def result_line(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:

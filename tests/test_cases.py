@@ -426,13 +426,21 @@ def test_one_image_for_two_modalities_is_told() -> None:
 @pytest.mark.parametrize(
     ("names", "told"),
     [
-        (("A_t1", "B_flair"), True),
+        (("pat12_t1", "pat13_flair"), True),
         (("case_12_t1", "case_13_flair"), True),
+        (("BraTS20_Training_001_t1", "BraTS20_Training_002_flair"), True),
         (("sub-01_ses-1_T1w", "sub-01_ses-2_FLAIR"), True),
+        (("sub-A_T1w", "sub-B_FLAIR"), True),
         (("BraTS20_001_t1", "BraTS20_001_flair"), False),
         (("sub-01_run-1_T1w", "sub-01_run-2_FLAIR"), False),
+        (("sub-01_chunk-1_T1w", "sub-01_chunk-2_FLAIR"), False),
         (("sub-01_acq-mprage_T1w", "sub-01_FLAIR"), False),
         (("sub-01_ce-gadolinium_T1w", "sub-01_T2w"), False),
+        (("3_T1", "9_FLAIR"), False),
+        (("P01_3_T1", "P01_5_FLAIR"), False),
+        (("20190101_1012_t1", "20190101_1020_flair"), False),
+        (("pre_t1", "post_flair"), False),
+        (("Case-t1", "case-t2"), False),
         (("t1", "flair"), False),
         (("t1", "P7_flair"), False),
     ],
@@ -462,6 +470,8 @@ def test_a_link_to_nothing_is_no_missing_modality(tmp_path: Path) -> None:
     (tmp_path / "p_t1.nii.gz").unlink()
     (tmp_path / "p_t1.nii.gz").mkdir()  # no image either way
     assert list(load_case(tmp_path).images) == ["flair"]
+    (tmp_path / "p_t2.nii.gz").symlink_to(tmp_path / "annex" / "SHA256-2")
+    assert list(load_case(tmp_path, modality="flair").images) == ["flair"]  # all that is asked for
 
 
 @pytest.mark.parametrize("folder", ["imagesTr", "imagesTs", "elsewhere"])
@@ -473,7 +483,7 @@ def test_a_decathlon_folder_says_what_the_volumes_are(tmp_path: Path, folder: st
     values = {name: level(volume) // 1000 for name, volume in case.images.items()}
     if folder == "elsewhere":
         assert values == {"t1": 0, "t1ce": 1, "t2": 2, "flair": 3}
-        assert case.notes and "t1, t1ce, t2, flair, in this order; --channels" in case.notes[0]
+        assert case.notes and "taken for t1, t1ce, t2, flair, in this order" in case.notes[0]
     else:
         assert values == {"flair": 0, "t1": 1, "t1ce": 2, "t2": 3} and not case.notes
     asked = load_case(file, channels=["t2", "t1", "t1ce", "flair"])

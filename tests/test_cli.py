@@ -375,6 +375,7 @@ h.page = page
         (["infer", ""], "argument 2 is empty; is a variable unset?"),
         (["infer", "x", "--out", ""], "argument 4 is empty"),
         (["infer", "x", "--out="], "argument 3 (--out=) is empty"),
+        (["infer", "--t1="], "argument 2 (--t1=) is empty"),
     ],
 )
 def test_2_for_an_argument_that_is_empty(
@@ -412,6 +413,8 @@ def test_names_that_are_no_text(
         (("--triton", "there"), 73, "there: exists already"),
         (("--triton", "models", "--triton-atlas", "nowhere.nii.gz"), 66, "nowhere.nii.gz"),
         (("--capability", "8.6"), 2, "--capability is for --tensorrt"),
+        (("--triton", "bundle", "--overwrite"), 2, "folders beside each other"),
+        (("--triton", "bundle/models"), 2, "folders beside each other"),
         (("--tensorrt", "--capability", "1.0"), 2, "SM10 is no target"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
@@ -446,3 +449,16 @@ def test_training_says_first_what_it_lacks(tmp_path: Path, capsys: pytest.Captur
     assert run([*common, "--init", str(tmp_path / "nowhere.safetensors")]) == 66
     assert "nowhere.safetensors" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["maps"]
+
+
+def test_the_line_is_json_in_any_encoding(
+    infer: Callable[..., subprocess.CompletedProcess[str]],
+    phantom: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = next(Path(phantom.folder).glob("*_t1.nii.gz"))
+    (tmp_path / "M\u00fcller\U0001f600_t1.nii.gz").symlink_to(file)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = infer("--no-inverse", case=tmp_path / "M\u00fcller\U0001f600_t1.nii.gz")
+    assert json.loads(done.stdout)["case"].startswith("M\u00fcller")

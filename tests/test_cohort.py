@@ -87,7 +87,7 @@ def test_one_that_fails_holds_up_no_other(
     assert [json.loads(line)["case"] for line in said.out.splitlines()] == ["gamma"]
     told = said.err.splitlines()
     assert len(told) == 3 and str(empty) in told[0] and "beta_t2.nii.gz" in told[1]
-    assert told[2] == f"jrs: 2 of 3 cases failed; {tmp_path / 'out' / 'cases.csv'} says why"
+    assert told[2] == "jrs: 2 of 3 cases failed, as told above"
     found = rows(tmp_path / "out")
     assert [row["status"] for row in found] == ["failed", "failed", "done"]
     assert [f"jrs: {row['error']}" for row in found[:2]] == told[:2]
@@ -106,15 +106,53 @@ def test_what_is_there_is_left_out_if_asked_for(
     assert report.stat().st_mtime_ns == written
     found = rows(tmp_path / "out")
     assert [row["status"] for row in found] == ["there before", "done", "done"] and found[0]["WT_native_ml"]
-    assert infer(*cases) == 73
-    assert [row["status"] for row in rows(tmp_path / "out")] == ["failed"] * 3
+    assert infer(*cases) == 73  # and the table still has what is there
+    assert rows(tmp_path / "out") == found
     assert infer(*cases, "--overwrite") == 0
+    assert [row["status"] for row in rows(tmp_path / "out")] == ["done"] * 3
     assert report.stat().st_mtime_ns > written
     report.write_text("{}")
     capsys.readouterr()
     assert infer(*cases, "--skip-existing") == 65
     assert f"jrs: {report}: is no report of jrs; remove it or pass --overwrite" in capsys.readouterr().err
-    assert [row["status"] for row in rows(tmp_path / "out")] == ["failed", "there before", "there before"]
+
+
+def test_results_on_another_atlas_are_not_these(
+    infer: Run, cases: list[Path], tmp_path: Path, phantom: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert infer(*cases[:2]) == 0
+    other = tmp_path / "other.nii.gz"
+    other.symlink_to(phantom.atlas)
+    assert infer(*cases[:2], "--skip-existing", "--atlas", other) == 2
+    assert "is of atlas phantomatlas, or of another bundle" in capsys.readouterr().err
+
+
+def test_a_table_of_another_is_kept(infer: Run, cases: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "cases.csv").write_text("case,t1\nmine,a.nii.gz\n")
+    assert infer(*cases) == 73
+    assert (out / "cases.csv").read_text() == "case,t1\nmine,a.nii.gz\n" and len(list(out.iterdir())) == 1
+
+
+def test_rows_of_other_cases_stay(infer: Run, cases: list[Path], tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert infer(empty, empty) == 66
+    assert not (tmp_path / "out").exists()  # no table of failures alone
+    assert infer(cases[0], empty) == 66
+    assert infer(cases[1], cases[2]) == 0
+    found = rows(tmp_path / "out")
+    assert [(row["case"], row["status"]) for row in found] == [
+        *(("alpha", "done"), ("", "failed"), ("beta", "done"), ("gamma", "done"))
+    ]
+
+
+def test_a_file_in_the_way_of_one_case_stops_no_other(infer: Run, cases: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "alpha").write_text("mine")
+    assert infer(*cases) == 73
+    assert [row["status"] for row in rows(tmp_path / "out")] == ["failed", "done", "done"]
 
 
 @pytest.mark.parametrize("more", [(), ("--overwrite",), ("--skip-existing",)])
