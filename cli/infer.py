@@ -10,7 +10,6 @@ import typer
 
 from jrs.cli.console import note, status
 from jrs.errors import UsageError
-from jrs.headers import shown
 
 
 def infer(
@@ -94,6 +93,7 @@ def infer(
         raise UsageError("no case given; name a folder, a file, or files with --t1, --t1ce, --t2, --flair")
     if cases and len(cases) > 1 and modalities:
         raise UsageError(f"--{next(iter(modalities))} is for one case, and {len(cases)} are given; leave it out")
+    from jrs.headers import shown
     from jrs.runtime.cohort import Cohort
     from jrs.runtime.pipeline import InferOptions, Pipeline
     from jrs.runtime.results import summary_line

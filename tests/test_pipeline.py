@@ -582,17 +582,30 @@ def test_a_missing_modality_is_a_warning(quick: Callable[..., Result], tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("radius_mm", "background", "litres"),
-    [(80.0, 0.0, None), (80.0, -1.0, None), (92.0, 0.0, "3.3"), (60.0, 20.0, "8.0")],
-    ids=["brain", "negative-outside", "head", "nothing-is-0"],
+    ("radius_mm", "background", "noise", "litres"),
+    [
+        (80.0, 0.0, 0.0, None),
+        (80.0, -1.0, 0.0, None),
+        (92.0, 0.0, 0.0, "3.3"),
+        (60.0, 20.0, 0.0, None),
+        (60.0, 20.0, 5.0, "8.0"),
+    ],
+    ids=["brain", "negative-outside", "head", "air-of-20", "air-of-noise"],
 )
 def test_more_than_a_brain_is_told(
-    pipeline: Pipeline, helpers: Any, tmp_path: Path, radius_mm: float, background: float, litres: str | None
+    pipeline: Pipeline,
+    helpers: Any,
+    tmp_path: Path,
+    radius_mm: float,
+    background: float,
+    noise: float,
+    litres: str | None,
 ) -> None:
     """Balls: 4/3 pi r^3 is 2.1, 3.3 and 0.9 litres, the whole field of view 8."""
     axis = np.arange(-98.0, 101.0, 4.0)
     distance = np.sqrt(sum(np.square(part) for part in np.meshgrid(axis, axis, axis, indexing="ij")))
-    data = np.where(distance < radius_mm, 100.0 + distance, background).astype(np.float32)
+    air = background + noise * np.random.default_rng(0).random(distance.shape)
+    data = np.where(distance < radius_mm, 100.0 + distance, air).astype(np.float32)
     affine = np.diag([4.0, 4.0, 4.0, 1.0])
     affine[:3, 3] = -98.0
     image = helpers.write_image(tmp_path / "ball_t1.nii.gz", data, affine)
