@@ -157,11 +157,11 @@ def _outcome(
 
     architecture = bundle.manifest.model.architecture
     with Network(bundle, "openvino", precision, threads) as network:
+        # Both encoded first: on a large grid the next engine closes the encoder's.
         codes = network.encode(moving)
+        theirs = network.encode(fixed) if architecture.registration else None
         probabilities = network.segment(moving, codes) if architecture.segmentation else None
-        displacement = None
-        if architecture.registration:
-            displacement = network.register(moving, codes, network.encode(fixed)).displacement[0]
+        displacement = None if theirs is None else network.register(moving, codes, theirs).displacement[0]
     return displacement, probabilities
 
 

@@ -60,6 +60,27 @@ def gate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[st
 # What is measured -----------------------------------------------------------------------------------------
 
 
+@needs_openvino
+@pytest.mark.parametrize("mirroring", [False, True])
+def test_measuring_opens_every_engine_once(bundle: Bundle, mirroring: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a large grid an engine that is asked for again stays open beside all others."""
+    from jrs.runtime import network as network_module
+
+    model = dataclasses.replace(bundle.manifest.model, mirroring=mirroring)
+    bundle = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, model=model))
+    real, opened = network_module.open_engine, []
+
+    def noted(graph: Path, name: str, *rest: Any) -> Any:
+        opened.append(name)
+        return real(graph, name, *rest)
+
+    monkeypatch.setattr(network_module, "_MANY_VOXELS", 1000)
+    monkeypatch.setattr(network_module, "open_engine", noted)
+    images = [np.random.default_rng(seed).normal(size=(1, 4, 32, 32, 32)).astype(np.float32) for seed in (0, 1)]
+    precision._outcome(bundle, "fp32", *images, threads=1)
+    assert opened[:3] == ["encoder", "segmentation", "registration"] and len(opened) == len(set(opened))
+
+
 def test_the_fields_99th_percentile_in_the_brain_in_mm() -> None:
     """Of 100 voxels of brain two differ by 3 voxels of 2 mm, all others by 0.01; what lies outside does not count."""
     grid = Geometry((10, 10, 2), np.diag([2.0, 2.0, 2.0, 1.0]))
