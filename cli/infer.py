@@ -95,7 +95,8 @@ def infer(
         raise UsageError(f"--{next(iter(modalities))} is for one case, and {len(cases)} are given; leave it out")
     from jrs.headers import shown
     from jrs.runtime.cohort import Cohort
-    from jrs.runtime.pipeline import InferOptions, Pipeline
+    from jrs.runtime.options import InferOptions
+    from jrs.runtime.pipeline import Pipeline
     from jrs.runtime.results import summary_line
 
     options = InferOptions(

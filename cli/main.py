@@ -65,7 +65,7 @@ def main() -> None:
     if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:  # under nohup it is ignored
         signal.signal(hangup, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A file's name may hold what its encoding cannot show; JSON reads this escape as it is.
+        # A file's name may hold bytes that are no text; in UTF-8 their escape is JSON's.
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from jrs.errors import JrsError
     from jrs.fields import DisplacementField
     from jrs.geometry import Geometry
-    from jrs.runtime.pipeline import InferOptions, Pipeline
+    from jrs.runtime.options import InferOptions
+    from jrs.runtime.pipeline import Pipeline
     from jrs.runtime.results import Result
     from jrs.volume import Volume
 
@@ -28,7 +29,7 @@ _HOMES = {
     "JrsError": "jrs.errors",
     "DisplacementField": "jrs.fields",
     "Geometry": "jrs.geometry",
-    "InferOptions": "jrs.runtime.pipeline",
+    "InferOptions": "jrs.runtime.options",
     "Pipeline": "jrs.runtime.pipeline",
     "Result": "jrs.runtime.results",
     "Volume": "jrs.volume",

@@ -23,7 +23,8 @@ from jrs.errors import (
 from jrs.files import write_text
 from jrs.headers import shown
 from jrs.runtime.names import TABLE
-from jrs.runtime.pipeline import InferOptions, Pipeline
+from jrs.runtime.options import InferOptions
+from jrs.runtime.pipeline import Pipeline
 from jrs.runtime.results import result_line
 
 _OF_ALL = (BackendError, CannotCreateError, ConfigurationError, OutputError)

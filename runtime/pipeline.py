@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,7 @@ from jrs.runtime.affine import judge_affine, register_affine
 from jrs.runtime.bids import refuse_raw
 from jrs.runtime.cases import Case, load_case
 from jrs.runtime.fixed import FixedImage, FixedImages
-from jrs.runtime.labels import OWN_SCHEME, LabelSampler, label_scheme, region_volumes_ml
+from jrs.runtime.labels import LabelSampler, label_scheme, region_volumes_ml
 from jrs.runtime.measures import (
     jacobian_map,
     jacobian_summary,
@@ -37,8 +37,9 @@ from jrs.runtime.measures import (
 )
 from jrs.runtime.names import atlas_label, output_names
 from jrs.runtime.network import Codes, Network
+from jrs.runtime.options import InferOptions
 from jrs.runtime.preprocess import NetworkInput, network_input
-from jrs.runtime.refine import DEFAULT_ITERATIONS, Refiner
+from jrs.runtime.refine import Refiner
 from jrs.runtime.results import Result
 from jrs.runtime.sampling import Sampled
 from jrs.runtime.transform import Transform
@@ -50,41 +51,6 @@ Array = npt.NDArray[np.float32]
 
 _WORTH_TELLING_ML = 0.3
 """Of what was left out of the labels."""
-
-
-@dataclass(frozen=True)
-class InferOptions:
-    """What to compute for a case; the fields are the options of ``jrs infer``.
-
-    ``affine``: ``auto`` (12 parameters), ``rigid``, ``off`` (the images share a space), or an ITK affine file.
-    ``segment``, ``inverse``: whether to make the labels and the inverse field. ``label_scheme``: what the labels
-    are written as, ``brats2018`` (enhancing 4), ``brats2023`` (enhancing 3) or the bundle's own. ``refine``:
-    iterations of the refinement at its finest level, 0 for none. ``same_patient``: whether the atlas is a scan of the
-    case's patient at another time; None: found out by the refinement. ``keep_clear_of``: stop before the work if this
-    folder holds the case's results for this atlas already.
-    """
-
-    modality: str | None = None
-    channels: Sequence[str] | None = None
-    modalities: Mapping[str, Path] | None = None
-    affine: str = "auto"
-    segment: bool = True
-    inverse: bool = True
-    label_scheme: str = OWN_SCHEME
-    refine: int = DEFAULT_ITERATIONS
-    same_patient: bool | None = None
-    keep_clear_of: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.same_patient is None:
-            return
-        if self.same_patient not in (True, False):
-            raise UsageError(f"same_patient {self.same_patient!r}: must be true, false or None")
-        if not self.refine:
-            raise UsageError(
-                "--same-patient and --other-patient are for the refinement, which --refine 0 leaves out; drop one"
-            )
-        object.__setattr__(self, "same_patient", bool(self.same_patient))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import pytest
 import jrs
 from jrs.cli.infer import infer as infer_command
 from jrs.cli.main import run
-from jrs.runtime.pipeline import InferOptions
+from jrs.runtime.options import InferOptions
 
 pytest.importorskip("torch")  # makes the tiny bundle
 

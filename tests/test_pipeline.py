@@ -24,7 +24,8 @@ from jrs.errors import (
     UsageError,
 )
 from jrs.runtime.engines import available_backends
-from jrs.runtime.pipeline import InferOptions, Pipeline
+from jrs.runtime.options import InferOptions
+from jrs.runtime.pipeline import Pipeline
 from jrs.runtime.results import Result
 
 sitk = pytest.importorskip("SimpleITK")

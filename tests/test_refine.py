@@ -19,7 +19,8 @@ from jrs.geometry import Geometry
 from jrs.runtime import native, refine
 from jrs.runtime.cases import Case
 from jrs.runtime.engines import EngineOptions, available_backends, open_engine
-from jrs.runtime.pipeline import InferOptions, Pipeline
+from jrs.runtime.options import InferOptions
+from jrs.runtime.pipeline import Pipeline
 from jrs.runtime.preprocess import NetworkInput
 from jrs.runtime.refine import GRAPH, Refined, Refiner, gaussian, level_grids, pyramid
 from jrs.runtime.refine_level import refine_level
