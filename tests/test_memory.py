@@ -57,17 +57,19 @@ def config_of(side: int, norm: str = "instance", precision: Precision = "fp32", 
     ("side", "norm", "precision"), [(48, "instance", "fp32"), (80, "instance", "bf16"), (64, "none", "fp32")]
 )
 def test_the_estimate_is_what_a_step_takes(side: int, norm: str, precision: Precision) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(side), norm, precision],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
-    measured = int(done.stdout.split()[-1])
-    # The allocator's own part differs from run to run: 346 to 387 MB of the first.
-    assert estimate_memory(config_of(side, norm, precision), 1).total == pytest.approx(measured, rel=0.2)
+    # The most of two runs: the allocator's own part differs, 346 to 387 MB for the first of these.
+    measured = 0
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(side), norm, precision],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        )
+        measured = max(measured, int(done.stdout.split()[-1]))
+    assert estimate_memory(config_of(side, norm, precision), 1).total == pytest.approx(measured, rel=0.15)
 
 
 def test_the_estimate_grows_as_memory_does() -> None:
