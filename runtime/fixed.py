@@ -133,10 +133,16 @@ class FixedImage:
             else:
                 placed = [_described(grid) for grid in grids]
                 key = self.shelf.key("pyramid", modalities, grids=placed)
-                found = self.shelf.entry("pyramid", key, lambda: Entry(_numbered(make().images)))
-                images = tuple(found.arrays[str(index)] for index in range(len(grids)))
+                levels = range(len(grids))
+
+                def images() -> Entry:
+                    made = make()
+                    return Entry({str(level): made.image(level) for level in levels})
+
+                found = self.shelf.entry("pyramid", key, images)
+                kept = {level: found.arrays[str(level)] for level in levels}
                 sources = tuple(dict.fromkeys(self.case.images[name].geometry for name in modalities))
-                self.pyramids[known] = Pyramid(grids, images, tumors, sources, np.eye(4), tuple(modalities))
+                self.pyramids[known] = Pyramid(grids, tumors, sources, np.eye(4), tuple(modalities), lambda _: kept)
         return self.pyramids[known]
 
 
@@ -216,10 +222,6 @@ def _codes_entry(codes: Codes) -> Entry:
 def _codes_of(entry: Entry) -> Codes:
     last = entry.value["channels_last"]
     return {name: ChannelsLast(array) if name in last else array for name, array in entry.arrays.items()}
-
-
-def _numbered(images: Sequence[Array]) -> dict[str, Array]:
-    return {str(index): image for index, image in enumerate(images)}
 
 
 def _described(grid: Geometry) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -53,10 +53,12 @@ class Stage:
     step: float = 1.0
 
 
-SPACINGS_MM = (4.0, 2.0, 4.0 / 3.0)
+SPACINGS_MM = (4.0, 2.0, 4.0 / 3.0, 1.0)
 """Of the levels, coarse to fine."""
-_TWO_HEADS = (Stage(0, 3, 1.7, 0.7), Stage(1, 2, 1.0, 0.4), Stage(2, 1, 0.8, 0.35))
+_COARSE = (Stage(0, 3, 1.7, 0.7), Stage(1, 2, 1.0, 0.4))
 """The coarse level is stiff, because what it gets wrong the others do not mend."""
+_FINE = ((2, 1.2, 0.4), (1, 0.9, 0.3))
+"""Share and deviations at the second finest level and at the finest, where there are more than two."""
 _ONE_HEADS = (
     Stage(0, 12, 2.5, 0.5),
     Stage(1, 12, 3.0, 0.4),
@@ -78,10 +80,12 @@ _TRIAL = 6
 
 @dataclass(frozen=True)
 class Refined:
-    """``displacement`` on the finest level's grid; mean squared local correlation there before and after.
+    """``displacement`` on the grid of the finest level that was used; mean squared local correlation there before
+    and after.
 
-    ``iterations`` of a level that did not raise it are 0, for what it did was dropped. ``one_head``: the images
-    were taken for two of the same head, and the network's displacement was left for the affine.
+    ``iterations`` of a level that was left out are 0, and of one that did not raise it, for what it did was dropped.
+    ``one_head``: the images were taken for two of the same head, and the network's displacement was left for the
+    affine.
     """
 
     displacement: DisplacementField
@@ -105,18 +109,25 @@ class Refined:
 
 @dataclass(frozen=True, eq=False)
 class Pyramid:
-    """One image on the grid of each level of a pair: ``images`` (1,C,X,Y,Z), unit variance, the tumors blank.
+    """One image on the grid of each level of a pair, from coarse to fine.
 
-    ``grids`` go from coarse to fine. ``tumors`` lie in their space, before any displacement; ``sources`` are the grids
-    of the files.
+    ``tumors`` lie in the grids' space, before any displacement; ``sources`` are the grids of the files. ``make`` gives
+    the image at a level, and at whatever others come of it, when it is first asked for.
     """
 
     grids: tuple[Geometry, ...]
-    images: tuple[Array, ...]
     tumors: Tumors
     sources: tuple[Geometry, ...]
     affine: FloatArray
     modalities: tuple[str, ...]
+    make: Callable[[int], Mapping[int, Array]]
+    _made: dict[int, Array] = field(default_factory=dict)
+
+    def image(self, level: int) -> Array:
+        """At a level, (1,C,X,Y,Z), unit variance, the tumors blank."""
+        if level not in self._made:
+            self._made.update(self.make(level))
+        return self._made[level]
 
 
 def level_grids(moving: Volume, fixed: Volume, orientation: str) -> tuple[Geometry, ...]:
@@ -137,8 +148,11 @@ def level_grids(moving: Volume, fixed: Volume, orientation: str) -> tuple[Geomet
     return tuple(reversed(grids))
 
 
-def _first_modality(image: Pyramid) -> Pyramid:
-    return replace(image, images=tuple(data[:, :1] for data in image.images), modalities=image.modalities[:1])
+def _two_heads(finest: int) -> tuple[Stage, ...]:
+    """The stages between two heads, where ``finest`` is the number of the finest level."""
+    if finest < 2:
+        return _COARSE[: finest + 1]
+    return *_COARSE[: finest - 1], *(Stage(finest - 1 + index, *of) for index, of in enumerate(_FINE))
 
 
 def _halved(grid: Geometry) -> Geometry:
@@ -161,22 +175,28 @@ def pyramid(
     """Bring ``modalities`` of an image onto the grids through ``affine`` (grid to image, RAS mm)."""
     # The axes nearest to RAS first: what comes out does not depend on how a file stores its voxels.
     volumes = [images[name].canonical for name in modalities]
-    finer: tuple[Geometry, Array] | None = None
-    sampled = []
-    for grid in reversed(grids):
-        if finer is not None and grid.is_close_to(_halved(finer[0])):
-            a, b, c = grid.shape
-            data = finer[1][:, : 2 * a, : 2 * b, : 2 * c].reshape(-1, a, 2, b, 2, c, 2).mean(axis=(2, 4, 6))
-        else:
-            parts = [resample_affine(v.data[None], v.geometry, grid, affine, threads=threads) for v in volumes]
-            data = np.concatenate(parts)
-        finer = grid, data
+
+    def standardized(data: Array, grid: Geometry) -> Array:
         blank = None
         if tumors.mask is not None:
             blank = tumors.blank_at(affine_coords(grid.shape, grid.affine), grid.spacing[0])
-        sampled.append(np.stack([_standardized(channel, blank) for channel in data])[None])
+        return np.stack([_standardized(channel, blank) for channel in data])[None]
+
+    def make(level: int) -> dict[int, Array]:
+        finer = level + 1
+        halved = finer < len(grids) and grids[level].is_close_to(_halved(grids[finer]))
+        sampled = grids[finer if halved else level]
+        data = np.concatenate(
+            [resample_affine(v.data[None], v.geometry, sampled, affine, threads=threads) for v in volumes]
+        )
+        if not halved:
+            return {level: standardized(data, sampled)}
+        a, b, c = grids[level].shape
+        means = data[:, : 2 * a, : 2 * b, : 2 * c].reshape(-1, a, 2, b, 2, c, 2).mean(axis=(2, 4, 6))
+        return {level: standardized(means, grids[level]), finer: standardized(data, sampled)}
+
     sources = tuple(dict.fromkeys(images[name].geometry for name in modalities))
-    return Pyramid(grids, tuple(reversed(sampled)), tumors, sources, affine, tuple(modalities))
+    return Pyramid(grids, tumors, sources, affine, tuple(modalities), make)
 
 
 def _standardized(data: Array, blank: npt.NDArray[np.bool_] | None) -> Array:
@@ -270,16 +290,21 @@ class Refiner:
             one_head, (field, tried) = begun is not None, begun or (start, 0)
             free = one_head and bool(fixed.tumors.lesions)
             finest = len(fixed.grids) - 1
-            stages = [stage for stage in (_ONE_HEADS if one_head else _TWO_HEADS) if stage.level <= finest]
-            done, similar = [tried, *[0] * finest], (0.0, 0.0)
+            stages = [stage for stage in _ONE_HEADS if stage.level <= finest] if one_head else _two_heads(finest)
+            grids = fixed.grids[: stages[-1].level + 1]
+            done, similar, good = [tried, *[0] * (len(grids) - 1)], (0.0, 0.0), False
             for stage in stages:
-                grid = fixed.grids[stage.level]
+                if good and stage.level < finest - 1:
+                    continue
+                grid = grids[stage.level]
                 u_mm, worked, similar = self._climb(level_by, moving, fixed, stage, field, iterations * stage.share)
                 done[stage.level] += worked
+                # A start that the coarsest level cannot better knows more of shapes than the next one finds.
+                good = good or not (worked or one_head)
                 # With the start as it is, not as this level's grid holds it.
                 if worked or stage is stages[-1]:
                     field = DisplacementField(u_mm if free else moving.tumors.stiffened(u_mm, grid), grid)
-        spacings = tuple(grid.spacing[0] for grid in fixed.grids)
+        spacings = tuple(grid.spacing[0] for grid in grids)
         return Refined(field, *similar, tuple(done), spacings, moving.modalities, one_head)
 
     def _climb(
@@ -290,15 +315,20 @@ class Refiner:
         stage: Stage,
         start: DisplacementField,
         iterations: int,
+        first_modality: bool = False,
     ) -> tuple[Array, int, tuple[float, float]]:
-        """One stage: u (3,X,Y,Z) mm on its grid; iterations, 0 if they were dropped; similarity before and after."""
+        """One stage: u (3,X,Y,Z) mm on its grid; iterations, 0 if they were dropped; similarity before and after.
+
+        By all modalities, or by the first alone.
+        """
         grid = fixed.grids[stage.level]
+        chosen = slice(None, 1 if first_modality else None)
         u_mm = displacement_on(start, grid, self.threads)
         linear = np.linalg.inv(grid.affine[:3, :3]).astype(np.float32)
         result = level_by(
             {
-                "fixed": fixed.images[stage.level],
-                "moving": moving.images[stage.level],
+                "fixed": fixed.image(stage.level)[:, chosen],
+                "moving": moving.image(stage.level)[:, chosen],
                 "weights": _weights(moving, fixed, u_mm, grid)[None, None],
                 "displacement": np.einsum("iw,wxyz->ixyz", linear, u_mm)[None],
                 "update_kernel": gaussian(stage.update_deviation),
@@ -324,9 +354,9 @@ class Refiner:
         """
         if len(fixed.grids) < 2 and not certain:
             return None
-        climb = partial(self._climb, level_by, _first_modality(moving), _first_modality(fixed))
+        climb = partial(self._climb, level_by, moving, fixed, first_modality=True)
         coarse, smooth, *_ = _ONE_HEADS
-        finer = _TWO_HEADS[1]
+        finer = _COARSE[1]
         grids = fixed.grids
         nothing = DisplacementField(np.zeros((3, *grids[0].shape), dtype=np.float32), grids[0])
         u_mm, worked, _ = climb(coarse, nothing, DEFAULT_ITERATIONS * coarse.share)

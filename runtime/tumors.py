@@ -191,29 +191,36 @@ class Tumors:
             corner = Geometry(grid.shape, grid.affine).to_ras([part.start for part in box])
             affine = grid.affine.copy()
             affine[:3, 3] = corner
-            x = affine_coords(tuple(p.stop - p.start for p in box), affine)
-            u = out[(slice(None), *box)].copy()
+            x, u = affine_coords(tuple(p.stop - p.start for p in box), affine), out[(slice(None), *box)]
+            s = self._at(stiff, x + u)
+            near = s > 0.0  # nothing else ever comes in: the rest does not move
+            x, u, s = x[:, near], u[:, near], s[near]
+            moved = u
             # What lies in the lesion depends on the motion in turn.
-            for _ in range(_PASSES):
-                coords = to_voxel_coords(x + out[(slice(None), *box)], self.grid)
-                s = sample(stiff[None], coords, 0.0, self.threads)[0]
+            for index in range(_PASSES):
+                s = self._at(stiff, x + moved) if index else s
                 if float(s.sum()) > 1.0:
-                    out[(slice(None), *box)] = u + s * (_rigid(x, u, s) - u)
+                    moved = u + s * (_rigid(x, u, s) - u)
+            out[(slice(None), *box)][:, near] = moved
         return out
+
+    def _at(self, values: Array, points_ras: Array) -> Array:
+        """``values`` (X,Y,Z) at points (3,...), 0 outside the grid."""
+        sampled: Array = sample(values[None], to_voxel_coords(points_ras, self.grid), 0.0, self.threads)[0]
+        return sampled
 
 
 def _rigid(x: Array, u: Array, weights: Array) -> Array:
-    """The rigid displacement of x (3,...) that is nearest to u (3,...) with ``weights``, to first order in u."""
+    """The rigid displacement of points x (3,n) that is nearest to u (3,n) with ``weights``, to first order in u."""
     w = weights.astype(np.float64)
     w /= w.sum()
-    center, shift = ((w * values).sum(axis=(1, 2, 3)) for values in (x, u))
-    r = x - center.reshape(3, 1, 1, 1)
-    moments = np.einsum("xyz,axyz,bxyz->ab", w, r, r)
+    center, shift = x @ w, u @ w
+    r = x - center[:, None]
+    moments = (w * r) @ r.T
     inertia = np.trace(moments) * np.eye(3) - moments
-    turning = (w * np.cross(r, u, axis=0)).sum(axis=(1, 2, 3))
+    turning = np.cross(r, u, axis=0) @ w
     turn = np.linalg.lstsq(inertia, turning, rcond=1e-6)[0]
-    turned = np.einsum("ab,bxyz->axyz", _rotation(turn) - np.eye(3), r)
-    motion: Array = (turned + shift.reshape(3, 1, 1, 1)).astype(np.float32)
+    motion: Array = ((_rotation(turn) - np.eye(3)) @ r + shift[:, None]).astype(np.float32)
     return motion
 
 

@@ -347,10 +347,35 @@ def test_a_level_that_worsens_a_good_start_is_dropped(
     two = [pyramid(c.images, ["t1"], grids[:2], np.eye(4), none, 1) for c in images]
     both = Refiner("ort-cpu", threads=1).refine(*two, truth, 4)
     assert both.iterations[0] == 0
-    monkeypatch.setattr(refine, "_TWO_HEADS", (replace(refine._TWO_HEADS[1], level=0),))
+    monkeypatch.setattr(refine, "_COARSE", (replace(refine._COARSE[1], level=0),))
     finer = [pyramid(c.images, ["t1"], grids[1:2], np.eye(4), none, 1) for c in images]
     alone = Refiner("ort-cpu", threads=1).refine(*finer, truth, 4)
     np.testing.assert_array_equal(both.displacement.vectors_mm, alone.displacement.vectors_mm)
+
+
+@pytest.mark.parametrize(("knows", "climbed"), [(1.0, [0, 2, 3]), (0.0, [0, 1, 2, 3])])
+def test_what_the_coarsest_level_cannot_better_is_left_to_the_fine_ones(
+    ripples: tuple[Volume, Volume, DisplacementField], monkeypatch: pytest.MonkeyPatch, knows: float, climbed: list[int]
+) -> None:
+    moving, fixed, truth = ripples
+    monkeypatch.setattr(refine, "_WORTHWHILE", 0.4)  # the phantom is coarse
+    none = Tumors(None, truth.geometry)
+    images = (case(t1=moving), none), (case(t1=fixed), none)
+    levels: list[int] = []
+
+    class Watched(Refiner):
+        def _climb(self, *given: Any) -> Any:
+            levels.append(given[3].level)
+            return super()._climb(*given)
+
+    start = DisplacementField(np.float32(knows) * truth.vectors_mm, truth.geometry)
+    found, _ = Watched("ort-cpu", threads=1).refine_case(*images, np.eye(4), start, 4, same_patient=False)
+    assert levels == climbed and found.spacings_mm == pytest.approx((4.0, 2.0, 4.0 / 3.0, 1.0))
+    assert [done > 0 for done in found.iterations[:2]] == [level in climbed and knows == 0.0 for level in (0, 1)]
+    assert found.similarity_after >= found.similarity_before
+    quarter = 0.25 * min(fixed.geometry.spacing)  # of a voxel
+    before = missed_mm(replace(found, displacement=start), truth, fixed)
+    assert missed_mm(found, truth, fixed) < (quarter if knows else 0.5 * before)
 
 
 def test_a_level_that_ends_in_no_number_is_dropped(
@@ -458,8 +483,11 @@ def blob(shape: tuple[int, int, int], spacing: float) -> Volume:
 def test_levels_fit_the_images_resolution() -> None:
     fine, coarse = blob((100, 100, 100), 1.0), blob((30, 30, 30), 4.0)
     grids = level_grids(fine, fine, "LPS")
-    assert [g.orientation for g in grids] == ["LPS"] * 3
-    assert [g.spacing[0] for g in grids] == pytest.approx([4.0, 2.0, 4.0 / 3.0])
+    assert [g.orientation for g in grids] == ["LPS"] * 4
+    assert [g.spacing[0] for g in grids] == pytest.approx([4.0, 2.0, 4.0 / 3.0, 1.0])
+    thick = blob((100, 100, 20), 1.0)
+    thick = Volume(thick.data, Geometry(thick.data.shape, np.diag([1.0, 1.0, 5.0, 1.0])))
+    assert [g.spacing[0] for g in level_grids(thick, fine, "LPS")] == pytest.approx([4.0, 2.0, 4.0 / 3.0])
     for grid in grids:
         ends = np.abs(grid.to_voxels(fine.geometry.center) - (np.array(grid.shape) - 1) / 2) * grid.spacing
         assert ends.max() < 1.0
