@@ -52,13 +52,15 @@ class Case:
     """One patient's images by modality, in the order of `MODALITIES`.
 
     ``name`` is safe as a part of a file name. ``source`` is the path that was given, None where each
-    modality was named by itself. ``notes`` say what was assumed to find them.
+    modality was named by itself. ``notes`` say what was assumed to find them, ``guess`` what a single image was taken
+    for.
     """
 
     name: str
     images: dict[str, Volume]
     source: Path | None = None
     notes: tuple[str, ...] = ()
+    guess: str | None = None
 
     @cached_property
     def doubts(self) -> list[str]:
@@ -66,7 +68,7 @@ class Case:
         modalities that do not lie on the first.
         """
         unstripped = {name: note for name, volume in self.images.items() if (note := volume.unstripped) is not None}
-        doubts = [*self.notes]
+        doubts = [*self.notes, *([] if self.guess is None else [self.guess])]
         doubts += [f"{', '.join(unstripped)}: {note}; do not trust the results" for note in [*unstripped.values()][:1]]
         doubts += [
             f"{one} and {other} are the same image, voxel by voxel; give each modality its own, or leave one out"
@@ -220,7 +222,10 @@ def _case_of_file(path: Path, modality: str | None, channels: list[str] | None, 
     count = count_channels(path)
     name = _common_name([path])
     if count == 1 and channels is None:
-        return Case(name, _read({modality or split_name(path.name)[1] or "t1": path}), path)
+        told = None
+        if modality is None:
+            modality, told = _guessed(path.name)
+        return Case(name, _read({modality: path}), path, guess=told)
     if modality is not None:
         raise UsageError(f"{shown(path)}: file has {count} volumes, --modality is for a single one; use --channels")
     from jrs.runtime.msd import channels_of
@@ -306,6 +311,19 @@ def split_name(name: str) -> tuple[str, str | None]:
         if len(kept) < len(parts):
             return "_".join(kept), "t1ce"
     return rest, modality
+
+
+def _guessed(name: str) -> tuple[str, str | None]:
+    """What a 3-D file that nobody said anything of is taken for; and a line that says so, unless its name is plain."""
+    plain = split_name(name)[1]
+    if plain is not None:
+        return plain, None
+    words = re.split(r"[^a-z0-9]+", _ANY_IMAGE.sub("", name).lower())
+    named = {_MODALITY_OF[word] for word in words if word in _MODALITY_OF}
+    if named == {"t1"}:
+        return "t1", None
+    guess, why = (named.pop(), "by a word in its name") if len(named) == 1 else ("t1", "as its name tells nothing else")
+    return guess, f"the image is taken for {guess}, {why}; if it is another, end its name in _t1, _t1ce, _t2 or _flair"
 
 
 def _common_name(files: list[Path]) -> str:

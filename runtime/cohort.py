@@ -83,6 +83,7 @@ class Cohort:
         except _OF_ALL:
             raise
         except JrsError as error:
+            self._pipeline.read_shared(self._atlas, self._options)  # what is wrong with these is wrong for all
             outcome = Outcome(case, error=error)
         except MemoryError:
             outcome = Outcome(case, error=OutOfMemoryError("out of memory; close other programs"))

@@ -167,7 +167,9 @@ class FixedImages:
                 inputs, notes = self._input(shelf, spec, f"the atlas {path}")
             healthy = path.parent == DATA / "atlases"
             encode = partial(self._codes, shelf, spec, inputs)
-            notes = *notes, *(f"the atlas {path}: {note}" for note in case.doubts)
+            # Templates are T1, by whatever name.
+            doubts = [note for note in case.doubts if note != case.guess or "t1" not in case.images]
+            notes = *notes, *(f"the atlas {path}: {note}" for note in doubts)
             self._known[key] = FixedImage(label, case, inputs.grid, inputs, encode, healthy, shelf, notes)
         return self._known[key]
 

@@ -10,6 +10,9 @@ from jrs.errors import UsageError
 from jrs.runtime.labels import OWN_SCHEME
 from jrs.runtime.refine import DEFAULT_ITERATIONS
 
+AFFINES = ("auto", "rigid", "off")
+"""What an affine may be asked to be; anything else is a file."""
+
 
 @dataclass(frozen=True)
 class InferOptions:

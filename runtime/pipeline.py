@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from jrs.runtime.measures import (
 )
 from jrs.runtime.names import atlas_label, output_names
 from jrs.runtime.network import Codes, Network
-from jrs.runtime.options import InferOptions
+from jrs.runtime.options import AFFINES, InferOptions
 from jrs.runtime.preprocess import NetworkInput, network_input
 from jrs.runtime.refine import Refiner
 from jrs.runtime.results import Result
@@ -124,6 +124,12 @@ class Pipeline:
         """Raise UsageError or MissingInputError for what no case can be registered with; returns the atlas's label."""
         label_scheme(self.network.bundle.manifest.model.label_values, options.label_scheme)
         return _label(atlas)
+
+    def read_shared(self, atlas: str | Path, options: InferOptions) -> None:
+        """Read what all cases share, the fixed image and an affine that was given; raises what is wrong with them."""
+        self._fixed.get(atlas_path(atlas), _label(atlas), lambda _: nullcontext())
+        if options.affine not in AFFINES:
+            load_affine(Path(options.affine))
 
     def infer(
         self,

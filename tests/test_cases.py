@@ -250,6 +250,8 @@ def test_a_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
         ("two words & more_t2.nii", None, "t2", "two_words_more"),
         ("-rf_t1.nii", None, "t1", "rf"),
         ("..hidden_t1.nii", None, "t1", "hidden"),
+        ("xxx_FLAIR_brain.nii.gz", None, "flair", "xxx_FLAIR_brain"),
+        ("t2_to_t1_brain.nii.gz", None, "t1", "t2_to_t1_brain"),
         ("brain.mgz", None, "t1", "brain"),
         ("Größe_t1.nii", None, "t1", "Größe"),
     ],
@@ -260,7 +262,27 @@ def test_a_3d_file(tmp_path: Path, name: str, option: str | None, modality: str,
     assert {m: level(v) for m, v in case.images.items()} == {modality: 7}
     assert case.images[modality].path == path
     assert case.name == case_name
-    assert case.source == path
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("xxx.nii.gz", "taken for t1, as its name tells nothing else"),
+        ("t2_to_t1_brain.nii.gz", "taken for t1, as its name tells nothing else"),
+        ("T2 bet.nii.gz", "taken for t2, by a word in its name"),
+        ("xxx_FLAIR_brain.nii.gz", "taken for flair, by a word in its name"),
+        ("mni_icbm152_t1_tal.nii.gz", None),
+        ("xxx_flair.nii.gz", None),
+    ],
+)
+def test_what_a_file_is_taken_for_is_told(tmp_path: Path, name: str, told: str | None) -> None:
+    path = image(tmp_path / name)
+    doubts = load_case(path).doubts
+    assert len(doubts) == (told is not None)
+    if told is not None:
+        assert doubts[0].startswith(f"the image is {told}; ")
+    assert load_case(path, modality="t2").doubts == []
+
 
 
 def test_a_long_name_leaves_room_for_what_is_appended(tmp_path: Path) -> None:

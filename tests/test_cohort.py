@@ -173,7 +173,10 @@ def test_what_every_case_would_meet_ends_it_at_once(
 ) -> None:
     assert infer(*cases, "--label-scheme", "brats1999") == 2
     assert infer(*cases, "--atlas", tmp_path / "nowhere.nii.gz") == 66
-    assert len(capsys.readouterr().err.splitlines()) == 2 and not (tmp_path / "out").exists()
+    for option in ("--atlas", "--affine"):
+        (tmp_path / "bad.nii.gz").write_bytes(b"no image")
+        assert infer(*cases, option, tmp_path / "bad.nii.gz") == 65
+    assert len(capsys.readouterr().err.splitlines()) == 4 and not (tmp_path / "out").exists()
     real, left = results.Result.save, [1]
 
     def full(self: results.Result, *rest: Any) -> Path:
