@@ -28,7 +28,7 @@ from jrs.resources import DATA
 from jrs.runtime import native
 from jrs.runtime.affine import foreground_box
 from jrs.runtime.cases import Case
-from jrs.runtime.engines import EngineOptions, on_gpu, open_engine
+from jrs.runtime.engines import EngineOptions, open_engine
 from jrs.runtime.refine_level import refine_level
 from jrs.runtime.sampling import affine_coords, resample_affine
 from jrs.runtime.transform import displacement_on, to_voxel_coords
@@ -374,8 +374,8 @@ class Refiner:
 
     @contextmanager
     def _level(self) -> Iterator[_LevelBy]:
-        """What works a level off: on the CPU the kernels, where they were compiled, else the graph."""
-        if native.available() and not on_gpu(self.backend):
+        """What works a level off, on the CPU beside any backend: the kernels, where they were compiled, or the graph."""
+        if native.available():
             yield partial(refine_level, threads=self.threads)
             return
         # Opened anew each time, so that the memory it worked in is given back.

@@ -378,6 +378,21 @@ def test_what_the_coarsest_level_cannot_better_is_left_to_the_fine_ones(
     assert missed_mm(found, truth, fixed) < (quarter if knows else 0.5 * before)
 
 
+@pytest.mark.skipif(not native.available(), reason="the kernels were not compiled")
+@pytest.mark.parametrize("backend", ["ort-cpu", "openvino", "ort-cuda", "tensorrt"])
+def test_the_kernels_refine_beside_any_backend(
+    ripples: tuple[Volume, Volume, DisplacementField], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """A GPU's engines are for the network; the graph on the CPU takes several times as long as the kernels."""
+    moving, fixed, truth = ripples
+    grids = level_grids(moving, fixed, "RAS")[:1]
+    none = Tumors(None, truth.geometry)
+    sides = [pyramid(case(t1=v).images, ["t1"], grids, np.eye(4), none, 1) for v in (moving, fixed)]
+    monkeypatch.setattr(refine, "open_engine", None)
+    zero = DisplacementField(np.zeros_like(truth.vectors_mm), truth.geometry)
+    assert Refiner(backend, threads=1).refine(*sides, zero, 1, same_patient=False).iterations[0] > 0
+
+
 def test_a_level_that_ends_in_no_number_is_dropped(
     ripples: tuple[Volume, Volume, DisplacementField], monkeypatch: pytest.MonkeyPatch
 ) -> None:
