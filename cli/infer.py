@@ -112,7 +112,7 @@ def infer(
     )
     many = len(cases or ()) > 1
     with Pipeline.open(bundle, backend, precision, threads) as pipeline, status() as say:
-        cohort = Cohort(pipeline, atlas, options, out, overwrite, skip_existing)
+        cohort = Cohort(pipeline, atlas, options, out, overwrite, skip_existing, many)
         if many:
             cohort.write_table()  # where that cannot be done it is said before the work
         for number, case in enumerate(cases or [None], 1):

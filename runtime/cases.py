@@ -38,6 +38,8 @@ _MODALITY_OF = {ending: modality for modality, endings in ENDINGS.items() for en
 IMAGE_FILE = re.compile(r"\.(nii|nii\.gz|mgz)$", re.IGNORECASE)
 """How the name of an image ends that a folder is searched for."""
 _ANY_IMAGE = re.compile(r"\.(nii|mgz|mgh|hdr|img)(\.gz)?$", re.IGNORECASE)
+_CONTRAST_WORDS = frozenset({"ce", "gd", "gad", "gado", "gadolinium", "contrast", "postcontrast", "postgd", "km"})
+"""That make a T1 a T1ce, anywhere in the name of a file whose end tells nothing."""
 _MOVED = f"_desc-{MOVED}_"
 _LEAST_SHARED = 0.85
 """Of two modalities' foregrounds; a brain that was moved by 15 mm shares less with itself."""
@@ -320,10 +322,17 @@ def _guessed(name: str) -> tuple[str, str | None]:
         return plain, None
     words = re.split(r"[^a-z0-9]+", _ANY_IMAGE.sub("", name).lower())
     named = {_MODALITY_OF[word] for word in words if word in _MODALITY_OF}
+    if named == {"t2", "flair"}:  # FLAIR is T2-weighted
+        named = {"flair"}
+    if named == {"t1"} and _CONTRAST_WORDS.intersection(words):
+        named = {"t1ce"}
     if named == {"t1"}:
         return "t1", None
-    guess, why = (named.pop(), "by a word in its name") if len(named) == 1 else ("t1", "as its name tells nothing else")
-    return guess, f"the image is taken for {guess}, {why}; if it is another, end its name in _t1, _t1ce, _t2 or _flair"
+    guess, why = (named.pop(), "by words in its name") if len(named) == 1 else ("t1", "as its name tells nothing else")
+    if named and guess == "t1":
+        why = f"though its name says {' and '.join(sorted(named))}"
+    remedy = "end its name in _t1, _t1ce, _t2 or _flair, or say --modality"
+    return guess, f"the image is taken for {guess}, {why}; if it is another, {remedy}"
 
 
 def _common_name(files: list[Path]) -> str:

@@ -53,7 +53,7 @@ class Cohort:
     """Cases that are registered one after another to one atlas, their results in ``out/<case>/``.
 
     With ``skip_existing`` cases whose results are there are left out. Two cases of one name would share a folder: the
-    second is an error.
+    second is an error. ``many``: more than one is to come.
     """
 
     def __init__(
@@ -64,18 +64,23 @@ class Cohort:
         out: Path,
         overwrite: bool = False,
         skip_existing: bool = False,
+        many: bool = True,
     ) -> None:
         if overwrite and skip_existing:
             raise UsageError("--overwrite and --skip-existing contradict each other; give one of them")
         self._label = pipeline.check(atlas, options)
         self._pipeline, self._atlas, self._out = pipeline, atlas, out
-        self._overwrite, self._skip = overwrite, skip_existing
+        self._overwrite, self._skip, self._many = overwrite, skip_existing, many
         self._options = replace(options, keep_clear_of=None if overwrite else out)
         self.outcomes: list[Outcome] = []
         self._rows: list[dict[str, Any]] = []
 
     def add(self, case: Path | None) -> Outcome:
-        """Do a case. Raises only what the next one would meet as well: backends, outputs that cannot be written."""
+        """Do a case.
+
+        Raises only what the next one would meet as well: a backend that fails, outputs that cannot be written, an atlas
+        or an affine that cannot be read.
+        """
         try:
             outcome = self._done(case)
         except AlreadyThereError as error:
@@ -83,10 +88,11 @@ class Cohort:
         except _OF_ALL:
             raise
         except JrsError as error:
-            self._pipeline.read_shared(self._atlas, self._options)  # what is wrong with these is wrong for all
             outcome = Outcome(case, error=error)
         except MemoryError:
             outcome = Outcome(case, error=OutOfMemoryError("out of memory; close other programs"))
+        if outcome.error is not None and self._many:
+            self._pipeline.read_shared(self._atlas, self._options)
         self.outcomes.append(outcome)
         self._rows.append(_row(outcome))
         return outcome

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from jrs.geometry import Geometry
 from jrs.manifest import ModelSpec
@@ -33,9 +32,9 @@ from jrs.runtime.refine import Pyramid
 from jrs.runtime.tumors import Tumors
 from jrs.volume import Volume
 
-Array = npt.NDArray[np.float32]
-
 _FORMAT = 1
+_PYRAMIDS = 2
+"""Kept in memory: one for each set of modalities and levels, of some 100 MB with four."""
 _SAMPLED = ("jrs.geometry", "jrs.volume", "jrs.runtime.sampling", "jrs.runtime.native", "jrs.runtime.affine")
 _ENGINES = tuple(f"jrs.runtime.engines.{name}" for name in ("base", "openvino", "openvino_graph", "onnxruntime"))
 # The sources of what makes an entry of each kind.
@@ -128,6 +127,8 @@ class FixedImage:
         """The image as the refinement takes it; on disk where it has no tumours, whose masks are no key."""
         known = grids, tuple(modalities), tumors.mask is None
         if known not in self.pyramids:
+            while len(self.pyramids) >= _PYRAMIDS:
+                del self.pyramids[next(iter(self.pyramids))]
             if tumors.mask is not None:
                 self.pyramids[known] = make()
             else:

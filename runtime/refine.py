@@ -300,7 +300,7 @@ class Refiner:
                 u_mm, worked, similar = self._climb(level_by, moving, fixed, stage, field, iterations * stage.share)
                 done[stage.level] += worked
                 # A start that the coarsest level cannot better knows more of shapes than the next one finds.
-                good = good or not (worked or one_head)
+                good = good or (not worked and not one_head and similar[0] > 0.0)
                 # With the start as it is, not as this level's grid holds it.
                 if worked or stage is stages[-1]:
                     field = DisplacementField(u_mm if free else moving.tumors.stiffened(u_mm, grid), grid)
@@ -374,7 +374,7 @@ class Refiner:
 
     @contextmanager
     def _level(self) -> Iterator[_LevelBy]:
-        """What works a level off, on the CPU beside any backend: the kernels, where they were compiled, or the graph."""
+        """What works a level off, on the CPU with any backend: the kernels, where they were compiled, or the graph."""
         if native.available():
             yield partial(refine_level, threads=self.threads)
             return

@@ -214,11 +214,12 @@ def _rigid(x: Array, u: Array, weights: Array) -> Array:
     """The rigid displacement of points x (3,n) that is nearest to u (3,n) with ``weights``, to first order in u."""
     w = weights.astype(np.float64)
     w /= w.sum()
-    center, shift = x @ w, u @ w
+    # No matrix products: BLAS' sums depend on the number of its threads.
+    center, shift = (np.einsum("an,n->a", values, w) for values in (x, u))
     r = x - center[:, None]
-    moments = (w * r) @ r.T
+    moments = np.einsum("an,bn->ab", w * r, r)
     inertia = np.trace(moments) * np.eye(3) - moments
-    turning = np.cross(r, u, axis=0) @ w
+    turning = np.einsum("an,n->a", np.cross(r, u, axis=0), w)
     turn = np.linalg.lstsq(inertia, turning, rcond=1e-6)[0]
     motion: Array = ((_rotation(turn) - np.eye(3)) @ r + shift[:, None]).astype(np.float32)
     return motion

@@ -262,15 +262,19 @@ def test_a_3d_file(tmp_path: Path, name: str, option: str | None, modality: str,
     assert {m: level(v) for m, v in case.images.items()} == {modality: 7}
     assert case.images[modality].path == path
     assert case.name == case_name
+    assert case.source == path
 
 
 @pytest.mark.parametrize(
     ("name", "told"),
     [
         ("xxx.nii.gz", "taken for t1, as its name tells nothing else"),
-        ("t2_to_t1_brain.nii.gz", "taken for t1, as its name tells nothing else"),
-        ("T2 bet.nii.gz", "taken for t2, by a word in its name"),
-        ("xxx_FLAIR_brain.nii.gz", "taken for flair, by a word in its name"),
+        ("t2_to_t1_brain.nii.gz", "taken for t1, though its name says t1 and t2"),
+        ("T2 bet.nii.gz", "taken for t2, by words in its name"),
+        ("xxx_FLAIR_brain.nii.gz", "taken for flair, by words in its name"),
+        ("xxx_T2_FLAIR_brain.nii.gz", "taken for flair, by words in its name"),
+        ("sub-01_ce-gadolinium_T1w_brain.nii.gz", "taken for t1ce, by words in its name"),
+        ("T1-Gd bet.nii.gz", "taken for t1ce, by words in its name"),
         ("mni_icbm152_t1_tal.nii.gz", None),
         ("xxx_flair.nii.gz", None),
     ],
@@ -282,7 +286,6 @@ def test_what_a_file_is_taken_for_is_told(tmp_path: Path, name: str, told: str |
     if told is not None:
         assert doubts[0].startswith(f"the image is {told}; ")
     assert load_case(path, modality="t2").doubts == []
-
 
 
 def test_a_long_name_leaves_room_for_what_is_appended(tmp_path: Path) -> None:

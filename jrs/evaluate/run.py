@@ -21,6 +21,7 @@ from jrs.evaluate.plots import write_plots
 from jrs.evaluate.tables import plain, write_summary
 from jrs.files import write_json
 from jrs.resources import bundle_path
+from jrs.runtime.options import AFFINES
 from jrs.runtime.pipeline import Pipeline
 from jrs.train.datasets import find_cases
 
@@ -95,8 +96,8 @@ def evaluate_run(request: EvaluateRequest, progress: Callable[[str], None] = lam
     """
     if request.landmark_space not in get_args(LandmarkSpace):
         raise UsageError(f"--landmark-space {request.landmark_space}: choose {', '.join(get_args(LandmarkSpace))}")
-    if request.affine not in ("auto", "rigid", "off"):
-        raise UsageError(f"--affine {request.affine}: choose auto, rigid or off")
+    if request.affine not in AFFINES:
+        raise UsageError(f"--affine {request.affine}: choose {', '.join(AFFINES)}")
     methods = (METHOD, *check_baselines(request.baselines))
     pairs = choose_pairs(request)
     _prepare_out(request)
