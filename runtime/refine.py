@@ -74,6 +74,7 @@ _WORTH_A_TRIAL = 0.82
 is none of one head's."""
 _ONE_HEAD = 0.86
 """One head's images are made this nearly as like by a smooth deformation as by one that is not."""
+_PLANES = 8
 _TRIAL = 6
 """Iterations at the second level, for each one by default at the finest."""
 
@@ -176,24 +177,25 @@ def pyramid(
     # The axes nearest to RAS first: what comes out does not depend on how a file stores its voxels.
     volumes = [images[name].canonical for name in modalities]
 
-    def standardized(data: Array, grid: Geometry) -> Array:
-        blank = None
-        if tumors.mask is not None:
-            blank = tumors.blank_at(affine_coords(grid.shape, grid.affine), grid.spacing[0])
-        return np.stack([_standardized(channel, blank) for channel in data])[None]
+    def blank_on(grid: Geometry) -> npt.NDArray[np.bool_] | None:
+        if tumors.mask is None:
+            return None
+        return tumors.blank_at(affine_coords(grid.shape, grid.affine), grid.spacing[0])
 
     def make(level: int) -> dict[int, Array]:
         finer = level + 1
         halved = finer < len(grids) and grids[level].is_close_to(_halved(grids[finer]))
-        sampled = grids[finer if halved else level]
-        data = np.concatenate(
-            [resample_affine(v.data[None], v.geometry, sampled, affine, threads=threads) for v in volumes]
-        )
-        if not halved:
-            return {level: standardized(data, sampled)}
+        made = [level, finer] if halved else [level]
+        blanks = {index: blank_on(grids[index]) for index in made}
+        out = {index: np.empty((1, len(volumes), *grids[index].shape), dtype=np.float32) for index in made}
         a, b, c = grids[level].shape
-        means = data[:, : 2 * a, : 2 * b, : 2 * c].reshape(-1, a, 2, b, 2, c, 2).mean(axis=(2, 4, 6))
-        return {level: standardized(means, grids[level]), finer: standardized(data, sampled)}
+        for channel, v in enumerate(volumes):
+            data = resample_affine(v.data[None], v.geometry, grids[made[-1]], affine, threads=threads)[0]
+            out[made[-1]][0, channel] = _standardized(data, blanks[made[-1]])
+            if halved:
+                means = data[: 2 * a, : 2 * b, : 2 * c].reshape(a, 2, b, 2, c, 2).mean(axis=(1, 3, 5))
+                out[level][0, channel] = _standardized(means, blanks[level])
+        return out
 
     sources = tuple(dict.fromkeys(images[name].geometry for name in modalities))
     return Pyramid(grids, tumors, sources, affine, tuple(modalities), make)
@@ -385,23 +387,44 @@ class Refiner:
 
 def _weights(moving: Pyramid, fixed: Pyramid, u_mm: Array, grid: Geometry) -> Array:
     """What to compare, (X,Y,Z): inside both images, outside the tumours of both."""
-    points = affine_coords(grid.shape, grid.affine)
     weights = np.ones(grid.shape, dtype=np.float32)
-    for image in (fixed, moving):
-        weights *= image.tumors.weights_at(points, grid.spacing[0])
-        for source in image.sources:
-            weights *= _inside(points, Geometry(source.shape, np.linalg.inv(image.affine) @ source.affine), grid)
-        # The moving image's points; the loop ends there.
-        points += u_mm
+    reach = float(np.sqrt(3.0) * max(u_mm.max(), -u_mm.min()))
+    for image, moved_mm in (fixed, 0.0), (moving, reach):
+        sources = [Geometry(s.shape, np.linalg.inv(image.affine) @ s.affine) for s in image.sources]
+        cut = [source for source in sources if not _holds(source, grid, moved_mm)]
+        if not cut and image.tumors.mask is None:
+            continue
+        # Some planes at a time: what they take stays in the cache.
+        for start in range(0, grid.shape[0], _PLANES):
+            some = slice(start, start + _PLANES)
+            points = affine_coords(grid.shape, grid.affine, some.start, some.stop)
+            if image is moving:
+                points += u_mm[:, some]
+            if image.tumors.mask is not None:
+                weights[some] *= image.tumors.weights_at(points, grid.spacing[0])
+            for source in cut:
+                weights[some] *= _inside(points, source, grid)
     return weights
 
 
+def _margins(source: Geometry, grid: Geometry) -> FloatArray:
+    """How many voxels inside ``source``'s outermost ones what ``grid`` has there, and differences, know no edge."""
+    return (HALF_DIAGONAL + 1.0) * grid.spacing[0] / np.array(source.spacing) - 0.5
+
+
+def _holds(source: Geometry, grid: Geometry, moved_mm: float) -> bool:
+    """Whether all of ``grid`` lies inside ``source``, however its points are moved by so much."""
+    ends = np.stack(np.meshgrid(*((0, n - 1) for n in grid.shape), indexing="ij"), axis=-1).reshape(-1, 3)
+    corners = source.to_voxels(grid.to_ras(ends))
+    more = _margins(source, grid) + moved_mm * np.linalg.norm(source.inverse[:3, :3], axis=1)
+    return bool((corners >= more).all() and (corners <= np.array(source.shape) - 1 - more).all())
+
+
 def _inside(points: Array, source: Geometry, grid: Geometry) -> npt.NDArray[np.bool_]:
-    """Which points lie so far inside ``source`` that what ``grid`` has there, and differences, know no edge."""
+    """Which points lie so far inside ``source`` that no edge is seen from there."""
     coords = to_voxel_coords(points, source)
     inside = np.ones(points.shape[1:], dtype=bool)
-    for axis, n in enumerate(source.shape):
-        margin = (HALF_DIAGONAL + 1.0) * grid.spacing[0] / source.spacing[axis] - 0.5
+    for axis, (n, margin) in enumerate(zip(source.shape, _margins(source, grid), strict=True)):
         inside &= (coords[axis] >= margin) & (coords[axis] <= n - 1 - margin)
     return inside
 
