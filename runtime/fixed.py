@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from jrs.runtime.engines import ChannelsLast, hosted, on_gpu
 from jrs.runtime.machine import code_digest, numerics
 from jrs.runtime.network import Codes, Network
 from jrs.runtime.preprocess import NetworkInput, network_input, place_grid
-from jrs.runtime.refine import Pyramid
+from jrs.runtime.pyramid import Pyramid
 from jrs.runtime.tumors import Tumors
 from jrs.volume import Volume
 
@@ -42,7 +42,7 @@ _CODE = {
     "input": (*_SAMPLED, "jrs.runtime.preprocess", "jrs.runtime.affine_search", "jrs.runtime.affine_climb"),
     "codes": (*_SAMPLED, "jrs.runtime.preprocess", "jrs.runtime.network", "jrs.runtime.fixed", *_ENGINES),
     "affine": (*_SAMPLED, "jrs.runtime.affine_search"),
-    "pyramid": (*_SAMPLED, "jrs.runtime.refine"),
+    "pyramid": (*_SAMPLED, "jrs.runtime.pyramid"),
 }
 
 
@@ -129,21 +129,16 @@ class FixedImage:
         if known not in self.pyramids:
             while len(self.pyramids) >= _PYRAMIDS:
                 del self.pyramids[next(iter(self.pyramids))]
-            if tumors.mask is not None:
-                self.pyramids[known] = make()
-            else:
-                placed = [_described(grid) for grid in grids]
-                key = self.shelf.key("pyramid", modalities, grids=placed)
+            made = make()
+            if tumors.mask is None:
                 levels = range(len(grids))
-
-                def images() -> Entry:
-                    made = make()
-                    return Entry({str(level): made.image(level) for level in levels})
-
-                found = self.shelf.entry("pyramid", key, images)
+                key = self.shelf.key("pyramid", modalities, grids=[_described(grid) for grid in grids])
+                found = self.shelf.entry(
+                    "pyramid", key, lambda: Entry({str(level): made.image(level) for level in levels})
+                )
                 kept = {level: found.arrays[str(level)] for level in levels}
-                sources = tuple(dict.fromkeys(self.case.images[name].geometry for name in modalities))
-                self.pyramids[known] = Pyramid(grids, tumors, sources, np.eye(4), tuple(modalities), lambda _: kept)
+                made = replace(made, make=lambda _: kept, _made={})
+            self.pyramids[known] = made
         return self.pyramids[known]
 
 

@@ -22,7 +22,8 @@ from jrs.runtime.engines import EngineOptions, available_backends, open_engine
 from jrs.runtime.options import InferOptions
 from jrs.runtime.pipeline import Pipeline
 from jrs.runtime.preprocess import NetworkInput
-from jrs.runtime.refine import GRAPH, Refined, Refiner, gaussian, level_grids, pyramid
+from jrs.runtime.pyramid import level_grids, pyramid
+from jrs.runtime.refine import GRAPH, Refined, Refiner, gaussian
 from jrs.runtime.refine_level import refine_level
 from jrs.runtime.sampling import Sampled, affine_coords
 from jrs.runtime.transform import Transform, displacement_on
@@ -364,7 +365,7 @@ def test_what_the_coarsest_level_cannot_better_is_left_to_the_fine_ones(
     climbed: list[int],
 ) -> None:
     moving, fixed, truth = ripples
-    monkeypatch.setattr(refine, "_WORTHWHILE", worthwhile)  # the phantom is coarse
+    monkeypatch.setattr("jrs.runtime.pyramid._WORTHWHILE", worthwhile)  # the phantom is coarse
     none = Tumors(None, truth.geometry)
     images = (case(t1=moving), none), (case(t1=fixed), none)
     levels: list[int] = []
