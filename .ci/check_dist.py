@@ -36,6 +36,7 @@ DATA = (
     "jrs/data/atlases/sri24_t1.nii.gz",
     "jrs/data/atlases/LICENSE_SRI24.txt",
     "jrs/data/graphs/sampler.onnx",
+    "jrs/data/graphs/sampler_gathering.onnx",
     "jrs/data/graphs/refine.onnx",
     "jrs/data/report/report.css",
     "jrs/data/report/report.js",

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from jrs.bundle import Bundle
     from jrs.runtime.engines.plans import BuildOptions
 
+# How an engine samples volumes where the library has no layer for it.
+_SAMPLERS = {"plugin": "sampler by plugin", "gather": "sampler by gather"}
+
 
 def build(
     bundle: Annotated[
@@ -61,14 +64,10 @@ def build_bundle(
     from jrs.bundle import SAMPLING
     from jrs.cli.console import table
     from jrs.runtime.engines import plans
-    from jrs.runtime.engines.kernel import can_sample
 
     module = plans.import_library(choose_library(library))
     paths, rows = [], []
     for name in bundle.manifest.graphs:
-        if name in SAMPLING and not can_sample(module):
-            rows.append((name, "", "", "stays on the CPU: this version cannot sample volumes"))
-            continue
         graph = bundle.graph(name)
         say(f"{module.__name__}: {name}")
         precision = "fp32" if name in SAMPLING else bundle.manifest.precision
@@ -79,8 +78,12 @@ def build_bundle(
         if fresh:
             path = plans.store_plan(folder, plans.build_plan(module, graph, key, options, folder))
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        types = ", ".join(f"{count} {kind}" for kind, count in record["types"].items())
-        rows.append((name, f"{path.stat().st_size / 1e6:.1f} MB", types.lower(), "built" if fresh else "was there"))
+        holds = [f"{count} {kind}" for kind, count in record["types"].items()]
+        if record.get("sampler") in _SAMPLERS:
+            holds.append(_SAMPLERS[record["sampler"]])
+        remark = f"; no plugin: {record['remark']}" if record.get("remark") else ""
+        state = ("built" if fresh else "was there") + remark
+        rows.append((name, f"{path.stat().st_size / 1e6:.1f} MB", ", ".join(holds).lower(), state))
         paths.append(path)
     title = f"{module.__name__} {module.__version__}, {key.capability}"
     table(title, ("graph", "engine", "layers", ""), rows)

@@ -641,3 +641,27 @@ def test_tensorrt_rtx_is_offered_where_it_runs(
     assert (lacking is None) is runs
     assert runs or "capability {}.{}; use tensorrt or ort-cuda".format(*capability) in str(lacking)
     assert engines.why_unavailable("tensorrt") is None
+
+
+@pytest.mark.parametrize("version", ["1.22.0", "1.24.4"])
+@pytest.mark.parametrize("name", ["transformer", "composer"])
+def test_an_onnxruntime_whose_cuda_samples_no_volumes_gathers(name: str, version: str) -> None:
+    import onnxruntime
+
+    from jrs.bundle import Bundle
+    from jrs.runtime.engines.onnxruntime_gpu import loadable
+
+    bundle = Bundle.open()
+    graph = bundle.graph(name)
+    assert loadable(graph, "1.25.0") == str(graph) and loadable(graph, "2.0") == str(graph)
+    model = loadable(graph, version)
+    assert "GridSample" not in {n.op_type for f in onnx.load_from_string(model).functions for n in f.node}
+    old, new = (onnxruntime.InferenceSession(m, providers=["CPUExecutionProvider"]) for m in (model, str(graph)))
+    rng = np.random.default_rng(0)
+    feed = {i.name: rng.normal(size=i.shape).astype(np.float32) for i in new.get_inputs()}
+    for got, want in zip(old.run(None, feed), new.run(None, feed), strict=True):
+        # GridSample takes coordinates from -1 to 1, whose rounding moves a point by some 1e-5 voxels.
+        np.testing.assert_allclose(got, want, atol=1e-3)
+        assert np.abs(got - want).mean() < 1e-5
+    encoder = bundle.graph("encoder")
+    assert loadable(encoder, version) == encoder.read_bytes()

@@ -30,6 +30,7 @@ from jrs.cli.main import main
 from jrs.errors import CannotCreateError, ConfigurationError, JrsError, MissingInputError
 from jrs.export.custom_op import sampler_model
 from jrs.export.exporter import ParityError, export_bundle
+from jrs.export.gathering import gathering_model
 from jrs.export.graphs import EncoderGraph, RegistrationGraph, SegmentationGraph, build_graphs
 from jrs.export.parity import check_parity
 from jrs.manifest import GridSpec, ModelSpec
@@ -438,7 +439,9 @@ def trilinear(volume: Array, coords: Array) -> Array:
     return out
 
 
-SHIPPED = ROOT / "jrs" / "data" / "graphs" / "sampler.onnx"
+SHIPPED = ROOT / "jrs" / "data" / "graphs"
+# The operator alone, by either body, and as it ships.
+SAMPLERS = {"sampler.onnx": sampler_model, "sampler_gathering.onnx": gathering_model}
 
 
 @pytest.mark.parametrize(
@@ -451,13 +454,30 @@ def test_the_operators_body(size: tuple[int, ...], target: tuple[int, ...], chan
     extent = np.array(size).reshape(3, 1, 1, 1)
     coords = (rng.random((3, *target)) * (extent + 4) - 2.5).astype(np.float32)
     expected = trilinear(volume, coords)
-    for model in (sampler_model(), SHIPPED):
-        got = session(model)(volume=volume[None], coords=coords[None])["sampled"]
-        np.testing.assert_allclose(got[0], expected, atol=1e-5)
+    for name, make in SAMPLERS.items():
+        for model in (make(), SHIPPED / name):
+            got = session(model)(volume=volume[None], coords=coords[None])["sampled"]
+            np.testing.assert_allclose(got[0], expected, atol=1e-5)
 
 
-def test_the_shipped_sampler_is_the_one_the_code_makes() -> None:
-    shipped, made = onnx.load(SHIPPED), sampler_model()
+def test_gathering_takes_several_images_and_odd_coordinates() -> None:
+    model = gathering_model()
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+    rng = np.random.default_rng(0)
+    volume = rng.normal(size=(3, 2, 4, 5, 6)).astype(np.float32)
+    coords = rng.uniform(-2, 8, (3, 3, 2, 3, 4)).astype(np.float32)
+    coords[0, 0, 0, 0, 0], coords[1, 1, 1, 1, 1], coords[2, 2, 1, 2, 3] = np.inf, -np.inf, 3e38
+    coords[2, 0, 0, 1, 1] = np.nan  # as the device's kernel has it: index 0
+    known = np.nan_to_num(coords, posinf=99.0, neginf=-99.0)
+    expected = np.stack([trilinear(v, c) for v, c in zip(volume, known, strict=True)])
+    got = session(model)(volume=volume, coords=coords)["sampled"]
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_shipped_sampler_is_the_one_the_code_makes(name: str) -> None:
+    shipped, made = onnx.load(SHIPPED / name), SAMPLERS[name]()
     for model in (shipped, made):
         model.ClearField("producer_version")
     assert shipped == made

@@ -258,21 +258,6 @@ def test_the_result_does_not_depend_on_how_the_image_is_stored(spacing: tuple[fl
         np.testing.assert_allclose(result, first, atol=5e-3, err_msg=codes)
 
 
-# The shipped graph ----------------------------------------------------------------------------------------
-
-
-def test_the_shipped_graph_is_the_exporters() -> None:
-    onnx = pytest.importorskip("onnx")
-    from jrs.export.custom_op import sampler_model
-    from jrs.resources import DATA
-
-    shipped = onnx.load(str(DATA / "graphs" / "sampler.onnx"))
-    built = sampler_model()
-    assert shipped.graph == built.graph
-    assert list(shipped.functions) == list(built.functions)
-    assert list(shipped.opset_import) == list(built.opset_import)
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_forked_process_has_threads_of_its_own() -> None:
     """As the workers of a data loader are, after their parent has sampled in threads."""

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import os
 import sys
 import types
-import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ import pytest
 
 from jrs.bundle import Bundle
 from jrs.errors import BackendError, UsageError
-from jrs.runtime.engines import EngineOptions, cuda, kernel, open_engine, plans
+from jrs.runtime.engines import EngineOptions, cuda, functions, kernel, plans
 from jrs.runtime.engines.plans import BuildOptions, Plan, PlanKey
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -270,91 +267,83 @@ def test_which_libraries_sample_volumes(name: str, version: str, native: bool) -
     assert kernel.has_native_sampler(Library(name, version)) is native  # type: ignore[arg-type]
 
 
-def test_a_tensorrt_without_a_sampler_leaves_the_transformer_to_the_cpu(
-    default: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As JetPack 6 has it, with TensorRT 10.3: no ahead-of-time plugins."""
-    monkeypatch.setattr(plans, "import_library", lambda backend: Library("tensorrt", "10.3.0"))
-    with open_engine(default.graph("transformer"), "transformer", "tensorrt", EngineOptions()) as engine:
-        assert engine.info.backend == "ort-cpu"
-
-
-class PluginModule(types.ModuleType):
-    """``tensorrt.plugin`` as far as it checks what is registered (TensorRT 10.8 to 10.16)."""
-
-    class TensorDesc: ...
-
-    class KernelLaunchParams: ...
-
-    class SymIntExprs: ...
-
-    def __init__(self) -> None:
-        super().__init__("tensorrt.plugin")
-        self.made: dict[str, Any] = {}
-
-    def register(self, name: str) -> Callable[[Any], None]:
-        def check(function: Any) -> None:
-            signature = inspect.signature(function)
-            kinds = [p.annotation for p in signature.parameters.values()]
-            assert kinds == [self.TensorDesc] * len(kinds) and signature.return_annotation is self.TensorDesc
-            self.made["inputs"] = list(signature.parameters)
-
-        return check
-
-    def autotune(self, name: str) -> Callable[[Any], None]:
-        def check(function: Any) -> None:
-            assert list(inspect.signature(function).parameters) == [*self.made["inputs"], "outputs"]
-
-        return check
-
-    def aot_impl(self, name: str) -> Callable[[Any], None]:
-        def check(function: Any) -> None:
-            signature = inspect.signature(function)
-            assert list(signature.parameters) == [*self.made["inputs"], "outputs", "tactic"]
-            if signature.return_annotation is inspect.Signature.empty:
-                raise ValueError("No return annotation found for aot_impl function.")
-            assert typing.get_origin(signature.return_annotation) is tuple
-            name, ptx, launch, extra = typing.get_args(signature.return_annotation)
-            assert {name, ptx} <= {str, bytes} and (launch, extra) == (self.KernelLaunchParams, self.SymIntExprs)
-            self.made["kernel"] = function
-
-        return check
-
-
 @pytest.fixture
-def plugins(monkeypatch: pytest.MonkeyPatch) -> PluginModule:
-    module = PluginModule()
-    monkeypatch.setitem(sys.modules, "tensorrt", types.ModuleType("tensorrt"))
-    monkeypatch.setitem(sys.modules, "tensorrt.plugin", module)
+def no_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT-RTX as if it were TensorRT 10.3: neither GridSample for volumes nor plugins."""
+    monkeypatch.setattr(kernel, "has_native_sampler", lambda library: False)
+    monkeypatch.setattr(kernel, "takes_plugins", lambda library: False)
+
+
+@pytest.mark.parametrize("name", ["transformer", "composer"])
+def test_a_library_that_cannot_sample_gathers(default: Bundle, no_sampler: None, name: str) -> None:
+    """As on JetPack 6."""
+    onnx = pytest.importorskip("onnx")
+    plan = build(default.graph(name))
+    assert (plan.sampler, plan.remark) == ("gather", "") and len(plan.content) > 100_000
+    samplers = [n for n in onnx.load(default.graph(name)).graph.node if n.op_type == "JrsGridSample3D"]
+    assert "GRID_SAMPLE" not in plan.layers and not any("PLUGIN" in layer for layer in plan.layers)
+    # Eight corners each.
+    assert plan.layers["GATHER"] >= 8 * len(samplers) > 0
+
+
+def test_only_what_samples_is_rewritten(default: Bundle, built: dict[str, Plan], no_sampler: None) -> None:
+    plan = build(default.graph("registration"))
+    assert plan.sampler == "" and plan.layers == built["registration"].layers
+    # A plan of another sampler is another plan.
+    assert plan.key.kernel_sha256 and not built["registration"].key.kernel_sha256
+
+
+def test_the_library_itself_samples_where_it_can(built: dict[str, Plan]) -> None:
+    assert built["transformer"].sampler == built["composer"].sampler == "native"
+    assert built["encoder"].sampler == ""
+
+
+@pytest.mark.parametrize("registers", [False, True])
+def test_a_plugin_that_does_not_build_is_left_for_gather(
+    default: Bundle, no_sampler: None, on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, registers: bool
+) -> None:
+    """One that the library refuses, or takes and then, as TensorRT-RTX does here, does not find."""
+
+    def register(library: Any, capability: tuple[int, int]) -> None:
+        if not registers:
+            raise BackendError("NVRTC cannot be used")
+
+    monkeypatch.setattr(kernel, "takes_plugins", lambda library: True)
+    monkeypatch.setattr(kernel, "register_plugin", register)
+    plan = build(default.graph("transformer"))
+    assert plan.sampler == "gather" and plan.layers["GATHER"] >= 8
+    assert ("Plugin not found" if registers else "NVRTC") in plan.remark
+
+
+def test_the_record_and_the_table_say_which(
+    default: Bundle, no_sampler: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jrs.cli.build import build_bundle
+
+    files = build_bundle(default, "tensorrt-rtx", AHEAD, tmp_path)
+    told = {f.name.split("-")[0]: json.loads(f.with_suffix(".json").read_text(encoding="utf-8")) for f in files}
+    assert {name: record["sampler"] for name, record in told.items()} == {
+        "encoder": "", "segmentation": "", "registration": "", "transformer": "gather", "composer": "gather"
+    }  # fmt: skip
+    assert capsys.readouterr().err.count("sampler by gather") == 2
+
+
+def test_a_plugin_that_the_library_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise ValueError("no such thing\nand more")
+
     monkeypatch.setattr(kernel, "_registered", set())
     monkeypatch.setattr(kernel, "compile_ptx", lambda capability: b"ptx")
-    return module
-
-
-def test_the_plugin_is_registered_by_the_librarys_rules(plugins: PluginModule) -> None:
-    library: Any = Library("tensorrt", "10.16.2")
-    assert kernel.can_sample(library)
-    kernel.register_plugin(library, (8, 7))
-    assert "kernel" in plugins.made
-    plugins.made.clear()
-    kernel.register_plugin(library, (8, 7))  # once a process
-    assert not plugins.made
-
-
-def test_a_plugin_that_the_library_refuses_is_one_line(plugins: PluginModule) -> None:
-    plugins.aot_impl = lambda name: _refuse  # type: ignore[method-assign]
-    with pytest.raises(BackendError, match=r"tensorrt 10.16.2 does not take the plugin jrs::JrsGridSample3D \(no such"):
-        kernel.register_plugin(Library("tensorrt", "10.16.2"), (8, 7))  # type: ignore[arg-type]
-
-
-def _refuse(function: Any) -> None:
-    raise ValueError("no such thing\nand more")
+    monkeypatch.setattr(kernel, "_plugin_module", lambda library: types.SimpleNamespace(register=refuse))
+    module = types.SimpleNamespace(__name__="tensorrt", __version__="10.16.2")
+    with pytest.raises(BackendError, match=r"tensorrt 10.16.2 does not take the plugin jrs::JrsGridSample3D \("):
+        kernel.register_plugin(module, (8, 7))  # type: ignore[arg-type]
 
 
 def test_without_its_body_the_operator_is_left_to_a_plugin(default: Bundle) -> None:
     onnx = pytest.importorskip("onnx")
     content = default.graph("transformer").read_bytes()
-    whole, bare = onnx.load_from_string(content), onnx.load_from_string(plans.without_functions(content))
+    whole, bare = onnx.load_from_string(content), onnx.load_from_string(functions.without_body(content))
     assert len(whole.functions) >= 1 and not bare.functions
     del whole.functions[:]
     assert bare == whole
@@ -362,8 +351,14 @@ def test_without_its_body_the_operator_is_left_to_a_plugin(default: Bundle) -> N
     logger = plans.make_logger(trt)
     network = trt.Builder(logger).create_network(0)
     parser = trt.OnnxParser(network, logger)
-    assert not parser.parse(plans.without_functions(content))
+    assert not parser.parse(functions.without_body(content))
     assert "JrsGridSample3D" in " ".join([parser.get_error(0).desc(), *logger.errors])
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph" * 20, b"\xff" * 9])
+def test_what_is_no_model_stays_as_it_is(content: bytes) -> None:
+    assert functions.without_body(content) == functions.with_gathering(content) == content
+    assert not functions.samples(content)
 
 
 @pytest.mark.parametrize(

@@ -140,20 +140,12 @@ def choose_backend(name: str = "auto", precision: str = "auto") -> tuple[str, st
     return name, "fp32" if precision == "auto" else precision
 
 
-def _samples(backend: str) -> bool:
-    """Whether a backend runs the graphs that sample volumes itself."""
-    from jrs.runtime.engines import kernel, plans
-
-    return on_gpu(backend) and (backend not in plans.LIBRARIES or kernel.can_sample(plans.import_library(backend)))
-
-
 def open_engine(graph: Path, kind: str, backend: str, options: EngineOptions) -> Engine:
     """Load a graph: ``kind`` is its name in a manifest or ``refinement``, ``backend`` as ``choose_backend`` gave it.
 
-    The refinement has no fixed shape and a loop inside: it stays on the CPU. So do transformer and composer of a
-    TensorRT that cannot sample volumes.
+    The refinement has no fixed shape and a loop inside: it stays on the CPU.
     """
-    if kind == "refinement" or (kind in SAMPLING and not _samples(backend)):
+    if kind == "refinement" or (kind in SAMPLING and not on_gpu(backend)):
         backend, options = _SAMPLING_BACKEND, EngineOptions("fp32", options.threads)
     _, module, name = _BACKENDS[backend]
     engine: Engine = getattr(importlib.import_module(module), name)(graph, options)

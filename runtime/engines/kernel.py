@@ -1,6 +1,6 @@
 """The sampler as a CUDA kernel of our own: compiled by NVRTC, put into a TensorRT engine as an ahead-of-time plugin.
 
-TensorRT 10 and 11.0 to 11.1 have no GridSample for volumes. The plugin ``jrs::JrsGridSample3D`` is
+TensorRT 10 and 11.0 to 11.1 have no GridSample for volumes. From 10.9 on the plugin ``jrs::JrsGridSample3D`` is
 registered before a graph is parsed; the compiled kernel then lies inside the engine, which loads without Python's
 half of it.
 """
@@ -83,35 +83,37 @@ def _version(library: ModuleType) -> tuple[int, ...]:
     return tuple(int(part) for part in str(library.__version__).split(".")[:3] if part.isdigit())
 
 
-def can_sample(library: ModuleType) -> bool:
-    """Whether the library's engines can hold the sampler: as its own GridSample, or as a plugin (from 10.8 on)."""
-    return has_native_sampler(library) or _plugin_module(library) is not None
+def takes_plugins(library: ModuleType) -> bool:
+    """Whether the library takes plugins that are compiled ahead of time (TensorRT from 10.9 on)."""
+    return _plugin_module(library) is not None
 
 
-def _plugin_module(library: ModuleType) -> Any:
+def _plugin_module(library: Any) -> Any:
     """The library's module of Python plugins, None if it has none that are compiled ahead of time."""
+    # On import it prints a line to stdout by this class, where results go.
+    loud = library.Logger
+    library.Logger = type("Quiet", (loud,), {"log": lambda self, *message: None})
     try:
         module = importlib.import_module(f"{library.__name__}.plugin")
     except ImportError:
         return None
+    finally:
+        library.Logger = loud
     return module if hasattr(module, "aot_impl") else None
 
 
 def register_plugin(library: ModuleType, compute_capability: tuple[int, int]) -> None:
     """Register the plugin with a TensorRT library, once a process; the kernel is compiled for the capability.
 
-    Raises BackendError for a library without ahead-of-time plugins (before 10.8), or that does not take this one.
+    Raises BackendError where the kernel cannot be compiled or the library does not take the plugin.
     """
     if library.__name__ in _registered:
         return
-    of = f"{library.__name__} {library.__version__}"
-    plugin = _plugin_module(library)
-    if plugin is None:
-        raise BackendError(f"{of} has neither 5-D GridSample nor ahead-of-time plugins; update it to 10.8 or newer")
     ptx = compile_ptx(compute_capability)
     try:
-        _define(library, plugin, ptx)
+        _define(library, _plugin_module(library), ptx)
     except Exception as error:
+        of = f"{library.__name__} {library.__version__}"
         raise BackendError(f"{of} does not take the plugin {PLUGIN} ({first_line(error)})") from error
     _registered.add(library.__name__)
 

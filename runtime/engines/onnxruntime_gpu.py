@@ -12,12 +12,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jrs.errors import BackendError, OutOfMemoryError, first_line
+from jrs.runtime.engines import functions
 from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, Value, graph_name, on_host
 from jrs.runtime.engines.cuda import CudaSession, shared_session, visible_devices
 from jrs.runtime.libraries import import_onnxruntime
 
 _Result = TypeVar("_Result")
 PROVIDERS = {"ort-cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}
+_FIRST_WITH_SAMPLER = (1, 25)
+"""The first ONNX Runtime whose GridSample takes volumes on CUDA."""
 
 
 def why_no_provider(backend: str) -> str | None:
@@ -107,14 +110,15 @@ class OrtCudaEngine(Closing):
         try:
             # Where this fails the package would print a line and try again without the GPU.
             providers = self.providers(graph, options)
-            native = onnxruntime.InferenceSession(str(graph), session, providers=providers, enable_fallback=0)
+            model = loadable(graph, onnxruntime.__version__)
+            native = onnxruntime.InferenceSession(model, session, providers=providers, enable_fallback=0)
         except Exception as error:
             raise self._failure("cannot be loaded", error) from error
         if PROVIDERS[self.backend] not in native.get_providers():
             # The Python package goes on without a provider whose libraries do not load.
             raise BackendError(
                 f"backend {self.backend}: {PROVIDERS[self.backend]} does not start (CUDA or cuDNN libraries are "
-                "missing or of another version); jrs doctor says more"
+                "missing or of another version than the driver's); pip install 'jrs[ort-cuda]', or see docs/gpu.md"
             )
         self._native: BoundSession | None = BoundSession(native, "cuda", _copying_session())
         self.info = EngineInfo(self.backend, visible_devices()[0].name, options.graph_precision)
@@ -152,6 +156,13 @@ class OrtCudaEngine(Closing):
                 f"{graph_name(self._graph)}: out of device memory; close other programs or use a smaller grid"
             )
         return BackendError(f"backend {self.backend}: {graph_name(self._graph)} {what} ({first_line(error)})")
+
+
+def loadable(graph: Path, version: str) -> str | bytes:
+    """What a session of this version loads: the file, or its bytes with a sampler that the version has on CUDA."""
+    if tuple(int(part) for part in version.split(".")[:2]) >= _FIRST_WITH_SAMPLER:
+        return str(graph)
+    return functions.with_gathering(graph.read_bytes())
 
 
 def _copying_session() -> CudaSession | None:

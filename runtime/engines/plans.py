@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +25,7 @@ from jrs.errors import BackendError, JrsError, OutOfMemoryError, UsageError, fir
 from jrs.files import sha256_of, whole_file, write_json
 from jrs.resources import DATA
 from jrs.runtime.caching import ENGINES, cache_folder
-from jrs.runtime.engines import kernel
+from jrs.runtime.engines import functions, kernel
 from jrs.runtime.engines.base import graph_name
 from jrs.runtime.engines.cuda import Device, driver_version, visible_devices
 
@@ -88,12 +88,18 @@ class PlanKey:
 
 @dataclass(frozen=True)
 class Plan:
-    """A built engine and what the library made of the graph: layers by type, their outputs by number type."""
+    """A built engine and what the library made of the graph: layers by type, their outputs by number type.
+
+    ``sampler`` is how it samples volumes (native, plugin, gather; empty where it does not), ``remark`` why not by the
+    plugin where the library takes plugins.
+    """
 
     key: PlanKey
     content: bytes
     layers: dict[str, int] = field(default_factory=dict)
     types: dict[str, int] = field(default_factory=dict)
+    sampler: str = ""
+    remark: str = ""
 
 
 def import_library(backend: str) -> ModuleType:
@@ -124,10 +130,14 @@ def plan_key(library: ModuleType, graph: Path, precision: str, options: BuildOpt
         gpu=gpu,
         driver=driver,
         precision=precision,
-        kernel_sha256="" if kernel.has_native_sampler(library) else sha256_of(kernel.SOURCE),
+        kernel_sha256="" if kernel.has_native_sampler(library) else _sha256_of_samplers(),
         optimization_level=options.optimization_level,
         workspace_mb=options.workspace_mb,
     )
+
+
+def _sha256_of_samplers() -> str:
+    return hashlib.sha256(kernel.SOURCE.read_bytes() + functions.GATHERING.read_bytes()).hexdigest()
 
 
 def _this_device(library: ModuleType) -> Device:
@@ -162,22 +172,41 @@ def build_plan(
 ) -> Plan:
     """Build a graph's engine: strongly typed, TF32 off. ``cache`` is a folder for the library's timings.
 
+    Volumes are sampled by the library itself, by our plugin, or else by its Gather; a plugin that does not build is
+    left for that, and the plan says why.
     Raises BackendError with the library's own reason, OutOfMemoryError if the device has not enough memory.
     """
+    model = graph.read_bytes()
+    if not functions.samples(model):
+        return _build(library, graph, model, key, options, cache)
+    if kernel.has_native_sampler(library):
+        return replace(_build(library, graph, model, key, options, cache), sampler="native")
+    refused = ""
+    if kernel.takes_plugins(library):
+        try:
+            kernel.register_plugin(library, _this_device(library).capability)
+            # Some versions take an operator's body, which they cannot compute, before its plugin.
+            bare = functions.without_body(model)
+            return replace(_build(library, graph, bare, key, options, cache), sampler="plugin")
+        except OutOfMemoryError:
+            raise
+        except BackendError as error:
+            refused = str(error)
+    gathering = functions.with_gathering(model)
+    return replace(_build(library, graph, gathering, key, options, cache), sampler="gather", remark=refused)
+
+
+def _build(
+    library: ModuleType, graph: Path, model: bytes, key: PlanKey, options: BuildOptions, cache: Path | None
+) -> Plan:
     trt: Any = library
     logger = make_logger(trt)
-    if not kernel.has_native_sampler(library) and kernel.can_sample(library):
-        kernel.register_plugin(library, _this_device(library).capability)
     builder = trt.Builder(logger)
     # From TensorRT 11 on every network is strongly typed, and the flag may be gone.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
-    if kernel.has_native_sampler(library):
-        read = parser.parse_from_file(str(graph))
-    else:  # some versions take an operator's body, which they cannot compute, before its plugin
-        read = parser.parse(without_functions(graph.read_bytes()), str(graph))
-    if not read:
+    if not parser.parse(model, str(graph)):
         reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
         raise BackendError(f"{library.__name__}: cannot read {graph_name(graph)} ({short([*reasons, *logger.errors])})")
     layers, types = _describe(network)
@@ -269,36 +298,6 @@ def tells_of_memory(reason: str) -> bool:
     return _MEMORY.search(reason) is not None
 
 
-def without_functions(model: bytes) -> bytes:
-    """A serialized ONNX model without the bodies of its functions (``ModelProto.functions``, field 25)."""
-    kept, position = [], 0
-    while position < len(model):
-        start = position
-        tag, position = _varint(model, position)
-        kind = tag & 7
-        if kind == 2:
-            length, position = _varint(model, position)
-            position += length
-        elif kind == 0:
-            _, position = _varint(model, position)
-        else:
-            position += {1: 8, 5: 4}[kind]
-        if tag >> 3 != 25:
-            kept.append(model[start:position])
-    return b"".join(kept)
-
-
-def _varint(content: bytes, position: int) -> tuple[int, int]:
-    """A number as protobuf writes it, and where the next thing begins."""
-    value = shift = 0
-    while True:
-        byte = content[position]
-        value |= (byte & 127) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 128:
-            return value, position
-
-
 # Storing --------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +323,8 @@ def store_plan(folder: Path, plan: Plan) -> Path:
         "sha256": hashlib.sha256(plan.content).hexdigest(),
         "layers": plan.layers,
         "types": plan.types,
+        "sampler": plan.sampler,
+        "remark": plan.remark,
     }
     write_json(path.with_suffix(".json"), record)
     return path
