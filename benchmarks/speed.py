@@ -193,6 +193,15 @@ def peer_s(name: str, case: str, python: str, work: Path) -> float:
     return time.perf_counter() - start
 
 
+def check_peers(python: str) -> None:
+    """End with one line, before anything is measured, where the other programs' interpreter lacks one."""
+    needs = "ants, nibabel, picsl_greedy, SimpleITK"
+    done = subprocess.run([python, "-c", f"import {needs}"], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        why = done.stderr.strip().splitlines()[-1]
+        raise SystemExit(f"speed.py: {python} does not have all of {needs} ({why}); or give --no-peers")
+
+
 def _keep(found: dict[str, Any], path: Path | None) -> None:
     if path is not None:
         path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -256,6 +265,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
+    if not given.no_peers:
+        check_peers(given.peer_python)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         checkpoint, bundle = paper_network(work)
