@@ -59,7 +59,9 @@ def infer(
     refine: Annotated[
         int | None,
         typer.Option(
-            "--refine", min=0, help="Iterations on this pair at the finest level (default: 4); 0: the network alone."
+            "--refine",
+            min=0,
+            help="Iterations on this pair at 1 mm, more at coarser levels (default: 4); 0: the network alone.",
         ),
     ] = None,
     same_patient: Annotated[

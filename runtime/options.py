@@ -21,9 +21,9 @@ class InferOptions:
     ``affine``: ``auto`` (12 parameters), ``rigid``, ``off`` (the images share a space), or an ITK affine file.
     ``segment``, ``inverse``: whether to make the labels and the inverse field. ``label_scheme``: what the labels
     are written as, ``brats2018`` (enhancing 4), ``brats2023`` (enhancing 3) or the bundle's own. ``refine``:
-    iterations of the refinement at its finest level, 0 for none. ``same_patient``: whether the atlas is a scan of the
-    case's patient at another time; None: found out by the refinement. ``keep_clear_of``: stop before the work if this
-    folder holds the case's results for this atlas already.
+    iterations of the refinement at 1 mm, more at coarser levels; 0 for none. ``same_patient``: whether the atlas is a
+    scan of the case's patient at another time; None: found out by the refinement. ``keep_clear_of``: stop before the
+    work if this folder holds the case's results for this atlas already.
     """
 
     modality: str | None = None

@@ -96,7 +96,7 @@ class Pipeline:
         self.progress: Callable[[str], None] = lambda stage: None
         self._fixed = FixedImages(network, threads)
         orientation = network.bundle.manifest.model.grid.orientation
-        self.refiner = Refiner(network.backend, orientation, threads)
+        self.refiner = Refiner(orientation, threads)
 
     @staticmethod
     def open(

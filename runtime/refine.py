@@ -122,10 +122,10 @@ class Shelf(Protocol):
 
 
 class Refiner:
-    """The refinement on one backend; grids have their axes along ``orientation``."""
+    """The refinement, on the CPU beside any backend; grids have their axes along ``orientation``."""
 
-    def __init__(self, backend: str, orientation: str = "RAS", threads: int | None = None) -> None:
-        self.backend, self.orientation, self.threads = backend, orientation, threads
+    def __init__(self, orientation: str = "RAS", threads: int | None = None) -> None:
+        self.orientation, self.threads = orientation, threads
 
     def refine_case(
         self,
@@ -166,7 +166,7 @@ class Refiner:
         iterations: int,
         same_patient: bool | None = None,
     ) -> Refined:
-        """Improve ``start``, ``iterations`` times at the finest level and a multiple of it at each coarser one.
+        """Improve ``start``, ``iterations`` times at the finest of four levels and a multiple of it at coarser ones.
 
         Both pyramids have the same grids; ``start`` may lie on any. Where the result has no grid it fades as
         ``Transform`` says.
@@ -268,12 +268,12 @@ class Refiner:
 
     @contextmanager
     def _level(self) -> Iterator[_LevelBy]:
-        """What works a level off, on the CPU with any backend: the kernels, where they were compiled, or the graph."""
+        """What works a level off: the kernels, where they were compiled, or the graph."""
         if native.available():
             yield partial(refine_level, threads=self.threads)
             return
         # Opened anew each time, so that the memory it worked in is given back.
-        with open_engine(GRAPH, "refinement", self.backend, EngineOptions("fp32", self.threads)) as engine:
+        with open_engine(GRAPH, "refinement", "ort-cpu", EngineOptions("fp32", self.threads)) as engine:
             yield engine
 
 

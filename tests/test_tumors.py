@@ -221,7 +221,7 @@ def refined(moving: Volume, fixed: Volume, tumors: tuple[Tumors, Tumors]) -> Dis
     grid = fixed.geometry
     start = DisplacementField(np.zeros((3, *grid.shape), dtype=np.float32), grid)
     pairs = (Case("m", {"t1": moving}), tumors[0]), (Case("f", {"t1": fixed}), tumors[1])
-    return Refiner("ort-cpu", threads=1).refine_case(*pairs, np.eye(4), start, 3)[0].displacement
+    return Refiner(threads=1).refine_case(*pairs, np.eye(4), start, 3)[0].displacement
 
 
 @pytest.mark.parametrize("whose", [0, 1])

@@ -141,11 +141,8 @@ def choose_backend(name: str = "auto", precision: str = "auto") -> tuple[str, st
 
 
 def open_engine(graph: Path, kind: str, backend: str, options: EngineOptions) -> Engine:
-    """Load a graph: ``kind`` is its name in a manifest or ``refinement``, ``backend`` as ``choose_backend`` gave it.
-
-    The refinement has no fixed shape and a loop inside: it stays on the CPU.
-    """
-    if kind == "refinement" or (kind in SAMPLING and not on_gpu(backend)):
+    """Load a graph: ``kind`` is its name in a manifest or ``refinement``, ``backend`` as ``choose_backend`` gave it."""
+    if kind in SAMPLING and not on_gpu(backend):
         backend, options = _SAMPLING_BACKEND, EngineOptions("fp32", options.threads)
     _, module, name = _BACKENDS[backend]
     engine: Engine = getattr(importlib.import_module(module), name)(graph, options)
