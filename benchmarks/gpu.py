@@ -14,6 +14,7 @@ import datetime
 import functools
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 
 from jrs.bundle import Bundle
 from jrs.errors import JrsError, first_line
-from jrs.runtime.engines import all_backends, kernel, on_gpu, why_unavailable
+from jrs.runtime.engines import EngineOptions, all_backends, functions, kernel, on_gpu, open_engine, why_unavailable
 from jrs.runtime.engines.cuda import driver_version, visible_devices, why_no_device
 from jrs.runtime.selftest import run_selftest
 
@@ -49,6 +50,42 @@ def backends(bundle: Bundle, runs: int) -> None:
             times = f"{r.milliseconds:.2f} | {r.reference_ms:.1f} | {'passed' if r.passed else 'FAILED'} |"
             print(f"| {name} | {r.graph} | {r.info.precision} | {r.error_p99:.1e} | {times}")
         print(f"| {name} | whole case, fixed codes kept | | | **{result.case_ms:.2f}** | | |")
+
+
+def bodies(bundle: Bundle, runs: int, backend: str = "ort-cuda") -> None:
+    """The transformer by ONNX Runtime's GridSample and by Gather, as older libraries have it; arrays on the device."""
+    print("\n## The transformer, by either body of the sampler\n")
+    lacking = why_unavailable(backend)
+    if lacking is not None:
+        print(f"left out: {lacking}")
+        return
+    print(f"| {backend} | ms | largest difference, of an image from 0 to 1 |\n|---|---|---|")
+    rng = np.random.default_rng(0)
+    sides = bundle.manifest.model.grid.shape
+    feed = {
+        "image": rng.random((1, bundle.manifest.model.architecture.in_channels, *sides), dtype=np.float32),
+        "flow": rng.normal(size=(1, 3, *sides)).astype(np.float32),
+    }
+    reference = None
+    with tempfile.TemporaryDirectory() as folder:
+        gathering = Path(folder) / "transformer.onnx"
+        gathering.write_bytes(functions.with_gathering(bundle.graph("transformer").read_bytes()))
+        for name, graph in (("GridSample", bundle.graph("transformer")), ("Gather", gathering)):
+            with open_engine(graph, "transformer", backend, EngineOptions()) as engine:
+                placed = {key: engine.place(value) for key, value in feed.items()}
+                moved = engine(feed)["moved"]
+                taken = _host_ms(functools.partial(engine.keep, placed), runs)
+            reference = moved if reference is None else reference
+            print(f"| {name} | {taken:.2f} | {np.abs(moved - reference).max():.1e} |")
+
+
+def _host_ms(run: Callable[[], object], runs: int) -> float:
+    samples = []
+    for _ in range(runs + 3):
+        start = time.perf_counter()
+        run()
+        samples.append(1000.0 * (time.perf_counter() - start))
+    return statistics.median(samples[3:])
 
 
 def sampler(shape: tuple[int, int, int], channels: int, runs: int) -> None:
@@ -246,6 +283,7 @@ def main() -> None:
             sides = None if options.shape is None else parse_shape(options.shape)
             bundle = export_bundle(bundle.folder, Path(folder) / "bundle", options.precision, "bench", sides)
         backends(bundle, options.runs)
+        bodies(bundle, options.runs)
         sampler(bundle.manifest.model.grid.shape, bundle.manifest.model.architecture.in_channels, options.runs)
         pytorch(bundle, options.runs)
 
