@@ -196,10 +196,11 @@ def peer_s(name: str, case: str, python: str, work: Path) -> float:
 def check_peers(python: str) -> None:
     """End with one line, before anything is measured, where the other programs' interpreter lacks one."""
     needs = "ants, nibabel, picsl_greedy, SimpleITK"
-    done = subprocess.run([python, "-c", f"import {needs}"], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        why = done.stderr.strip().splitlines()[-1]
-        raise SystemExit(f"speed.py: {python} does not have all of {needs} ({why}); or give --no-peers")
+    try:
+        subprocess.run([python, "-c", f"import {needs}"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        raise SystemExit(f"speed.py: {python} does not have all of {needs} ({why}); or give --no-peers") from error
 
 
 def _keep(found: dict[str, Any], path: Path | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,8 +59,6 @@ def build_bundle(
     say: Callable[[str], None] = lambda stage: None,
 ) -> list[Path]:
     """Build or find the engine of every graph; their files, with a table of what they hold on stderr."""
-    import json
-
     from jrs.bundle import SAMPLING
     from jrs.cli.console import table
     from jrs.runtime.engines import plans
@@ -74,10 +72,11 @@ def build_bundle(
         key = plans.plan_key(module, graph, precision, options)
         folder = out if out is not None else plans.plan_folder(graph)
         path = folder / key.file
-        fresh = rebuild or plans.load_plan(folder, key) is None
+        # What was lacking for the plugin may be there now.
+        fresh = rebuild or plans.load_plan(folder, key) is None or bool(_record(path).get("remark"))
         if fresh:
             path = plans.store_plan(folder, plans.build_plan(module, graph, key, options, folder))
-        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        record = _record(path)
         holds = [f"{count} {kind}" for kind, count in record["types"].items()]
         if record.get("sampler") in _SAMPLERS:
             holds.append(_SAMPLERS[record["sampler"]])
@@ -88,6 +87,13 @@ def build_bundle(
     title = f"{module.__name__} {module.__version__}, {key.capability}"
     table(title, ("graph", "engine", "layers", ""), rows)
     return paths
+
+
+def _record(plan: Path) -> dict[str, Any]:
+    import json
+
+    record: dict[str, Any] = json.loads(plan.with_suffix(".json").read_text(encoding="utf-8"))
+    return record
 
 
 def choose_library(name: str) -> str:

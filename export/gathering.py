@@ -12,7 +12,7 @@ from jrs.export.custom_op import DOMAIN, OPSET, sampler_model
 
 _START = f"""
 <opset_import: ["" : {OPSET}], domain: "{DOMAIN}">
-JrsGridSample3D (X, coords) => (Y)
+JrsGridSample3D (gathered_volume, gathered_coords) => (gathered)
 {{
     nought = Constant <value = float {{0.0}}> ()
     one = Constant <value = int32 {{1}}> ()
@@ -23,16 +23,16 @@ JrsGridSample3D (X, coords) => (Y)
     as_column = Constant <value_ints = [-1, 1]> ()
     by_rows = Constant <value_ints = [3, -1]> ()
 
-    images = Shape <start = 0, end = 1> (X)
-    channels = Shape <start = 1, end = 2> (X)
-    extent = Shape <start = 2, end = 5> (X)
-    target = Shape <start = 2, end = 5> (coords)
+    images = Shape <start = 0, end = 1> (gathered_volume)
+    channels = Shape <start = 1, end = 2> (gathered_volume)
+    extent = Shape <start = 2, end = 5> (gathered_volume)
+    target = Shape <start = 2, end = 5> (gathered_coords)
     sizes = Cast <to = 6> (extent)
     depth = Gather <axis = 0> (sizes, axis_0)
     height = Gather <axis = 0> (sizes, axis_1)
     width = Gather <axis = 0> (sizes, axis_2)
 
-    axis_first = Transpose <perm = [1, 0, 2, 3, 4]> (coords)
+    axis_first = Transpose <perm = [1, 0, 2, 3, 4]> (gathered_coords)
     points = Reshape (axis_first, by_rows)
     ends = Sub (sizes, one)
     end_column = Reshape (ends, as_column)
@@ -46,7 +46,7 @@ JrsGridSample3D (X, coords) => (Y)
     beyond = Add (low, one)
     high = Min (beyond, end_column)
 
-    channel_first = Transpose <perm = [1, 0, 2, 3, 4]> (X)
+    channel_first = Transpose <perm = [1, 0, 2, 3, 4]> (gathered_volume)
     by_channel = Concat <axis = 0> (channels, as_list)
     voxels = Reshape (channel_first, by_channel)
     count = Squeeze (images)
@@ -56,12 +56,14 @@ JrsGridSample3D (X, coords) => (Y)
     planes_before = Mul (numbered, depth)
     by_image = Concat <axis = 0> (images, as_list)
 """
-"""Points (3, N*P) clamped to the volume, NaN to 0, with the voxel below, the one above and the weight between them."""
+"""Points (3, N*P) clamped to the volume, NaN to 0, with the voxel below, the one above and the weight between them.
+
+TensorRT 10.6 takes a tensor of the graph for an input of the same name: these occur in none."""
 
 _END = """
     by_axis = Concat <axis = 0> (channels, images, target)
     shaped = Reshape (mixed, by_axis)
-    Y = Transpose <perm = [1, 0, 2, 3, 4]> (shaped)
+    gathered = Transpose <perm = [1, 0, 2, 3, 4]> (shaped)
 }
 """
 
@@ -75,7 +77,7 @@ def _mix(result: str, low: str, high: str, axis: int) -> list[str]:
 
 
 def gathering_body() -> onnx.FunctionProto:
-    """The operator's body by Gather; indices are int32, so X may hold up to 2^31 voxels over all images."""
+    """The operator's body by Gather; indices are int32, so the volume may hold up to 2^31 voxels over all images."""
     lines = []
     for axis in range(3):
         lines.append(f"weight_{axis} = Gather <axis = 0> (weights, axis_{axis})")

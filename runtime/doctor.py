@@ -23,6 +23,7 @@ from jrs.runtime.engines import (
     fallbacks,
     on_gpu,
     open_engine,
+    plans,
     why_unavailable,
 )
 from jrs.runtime.engines.cuda import Device, driver_version, visible_devices, why_no_device
@@ -40,6 +41,7 @@ _LIBRARIES = {
     "cuda-bindings": ("cuda-bindings",),
     "torch": ("torch",),
 }
+_SAMPLER = DATA / "graphs" / "probe_sampler.onnx"
 # Compute capability from which a GPU computes in a precision fast.
 _PRECISIONS = {"fp32": (0, 0), "fp16": (7, 0), "bf16": (8, 0)}
 
@@ -162,6 +164,10 @@ def _try(name: str) -> BackendState:
 
 
 def _remark(name: str) -> str | None:
+    """What makes a backend slower than it could be, of one that has just been tried."""
+    if name in plans.LIBRARIES:
+        why = plans.gathers_because(plans.import_library(name), _SAMPLER, "fp32")
+        return None if why is None else f"volumes are sampled by Gather: {why}"
     if not name.startswith("ort-") or not on_gpu(name):
         return None
     from jrs.runtime.engines.onnxruntime_gpu import why_slow
@@ -174,14 +180,13 @@ def _probe(name: str) -> tuple[str, str | None]:
     image = np.random.default_rng(0).normal(size=(1, 2, 8, 8, 8)).astype(np.float32)
     coords = np.indices((8, 8, 8), dtype=np.float32)[None]
     coords[:, 2] += 0.5
-    graphs = DATA / "graphs"
     options = EngineOptions("fp32", 1)
-    with open_engine(graphs / "probe_convolution.onnx", "encoder", name, options) as engine:
+    with open_engine(DATA / "graphs" / "probe_convolution.onnx", "encoder", name, options) as engine:
         device = engine.info.device
         if not _close(engine({"image": image})["code"], _filtered(image)):
             return device, "a convolution"
     if name != "openvino":  # its transformer is ort-cpu's
-        with open_engine(graphs / "probe_sampler.onnx", "transformer", name, options) as engine:
+        with open_engine(_SAMPLER, "transformer", name, options) as engine:
             if not _close(engine({"image": image, "coords": coords})["moved"], _shifted(image)):
                 return device, "the sampler"
     return device, None

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,10 @@ class Library:
 @pytest.mark.parametrize(
     ("name", "version", "native"),
     [
-        ("tensorrt_rtx", "1.3.0.35", True),
+        ("tensorrt_rtx", "1.4.0.76", False),
+        ("tensorrt_rtx", "1.5.0.114", False),
+        ("tensorrt_rtx", "1.6.1.120", True),
+        ("tensorrt_rtx", "1.7.1.116", True),
         ("tensorrt", "10.3.0", False),
         ("tensorrt", "10.16.2.5", False),
         ("tensorrt", "11.1.0.10", False),
@@ -289,8 +293,10 @@ def test_a_library_that_cannot_sample_gathers(default: Bundle, no_sampler: None,
 def test_only_what_samples_is_rewritten(default: Bundle, built: dict[str, Plan], no_sampler: None) -> None:
     plan = build(default.graph("registration"))
     assert plan.sampler == "" and plan.layers == built["registration"].layers
-    # A plan of another sampler is another plan.
-    assert plan.key.kernel_sha256 and not built["registration"].key.kernel_sha256
+    # A plan of another sampler is another plan, where anything is sampled.
+    assert plan.key == built["registration"].key
+    key = plans.plan_key(trt, default.graph("transformer"), "fp32", AHEAD)
+    assert key.kernel_sha256 and not built["transformer"].key.kernel_sha256
 
 
 def test_the_library_itself_samples_where_it_can(built: dict[str, Plan]) -> None:
@@ -298,21 +304,87 @@ def test_the_library_itself_samples_where_it_can(built: dict[str, Plan]) -> None
     assert built["encoder"].sampler == ""
 
 
-@pytest.mark.parametrize("registers", [False, True])
-def test_a_plugin_that_does_not_build_is_left_for_gather(
-    default: Bundle, no_sampler: None, on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, registers: bool
-) -> None:
-    """One that the library refuses, or takes and then, as TensorRT-RTX does here, does not find."""
+class BrokenPlugin(trt.IPluginCreatorV3One):  # type: ignore[misc]
+    """A creator that makes nothing."""
 
-    def register(library: Any, capability: tuple[int, int]) -> None:
-        if not registers:
-            raise BackendError("NVRTC cannot be used")
+    def __init__(self) -> None:
+        super().__init__()
+        self.name, self.plugin_namespace, self.plugin_version = "JrsGridSample3D", "jrs", "1"
+        self.field_names = trt.PluginFieldCollection([])
 
+    def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+        raise RuntimeError("no plugin")
+
+
+@pytest.fixture
+def broken_plugin(no_sampler: None, on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A plugin that the library has registered and cannot make, as far as a library without a device can go."""
+    registry, creator = trt.get_plugin_registry(), BrokenPlugin()
+    assert registry.register_creator(creator, "jrs")
     monkeypatch.setattr(kernel, "takes_plugins", lambda library: True)
-    monkeypatch.setattr(kernel, "register_plugin", register)
+    monkeypatch.setattr(kernel, "register_plugin", lambda library, capability: None)
+    yield
+    assert registry.deregister_creator(creator)
+
+
+def test_a_plugin_that_does_not_build_is_left_for_gather(default: Bundle, broken_plugin: None) -> None:
     plan = build(default.graph("transformer"))
     assert plan.sampler == "gather" and plan.layers["GATHER"] >= 8
-    assert ("Plugin not found" if registers else "NVRTC") in plan.remark
+    assert "transformer.onnx" in plan.remark and "\n" not in plan.remark
+    # Under the operator's name the parser would have taken the plugin again.
+    content = functions.with_gathering(default.graph("transformer").read_bytes())
+    logger = plans.make_logger(trt)
+    network = trt.Builder(logger).create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert not parser.parse(content.replace(b"JrsGatherSample", b"JrsGridSample3D"))
+
+
+def test_where_neither_builds_both_reasons_are_said(
+    default: Bundle, broken_plugin: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functions, "with_gathering", lambda model: b"nothing")
+    text = message(BackendError, default.graph("transformer"))
+    assert text.count("transformer.onnx") == 2 and "nor with the plugin" in text
+
+
+def test_what_was_lacking_for_the_plugin_is_looked_for_again(
+    default: Bundle, no_sampler: None, on_a_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By ``jrs build``; ``jrs infer`` keeps what there is."""
+    from jrs.cli.build import build_bundle
+
+    def refuse(library: Any, capability: tuple[int, int]) -> None:
+        raise BackendError("NVRTC cannot be used")
+
+    monkeypatch.setattr(kernel, "takes_plugins", lambda library: True)
+    monkeypatch.setattr(kernel, "register_plugin", refuse)
+    records = [path.with_suffix(".json") for path in build_bundle(default, "tensorrt-rtx", AHEAD, tmp_path)]
+    remarks = [json.loads(record.read_text(encoding="utf-8"))["remark"] for record in records]
+    assert remarks == ["", "", "", "NVRTC cannot be used", "NVRTC cannot be used"]
+    before = [record.stat().st_mtime_ns for record in records]
+    monkeypatch.setattr(kernel, "takes_plugins", lambda library: False)
+    build_bundle(default, "tensorrt-rtx", AHEAD, tmp_path)
+    after = [record.stat().st_mtime_ns for record in records]
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, True, True, False, False]
+    assert json.loads(records[3].read_text(encoding="utf-8"))["remark"] == ""
+
+
+def test_the_doctor_says_why_a_library_gathers(
+    default: Bundle, no_sampler: None, on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("JRS_CACHE_DIR", str(tmp_path))
+    graph = default.graph("transformer")
+    key = plans.plan_key(trt, graph, "fp32", BuildOptions())
+    assert plans.gathers_because(trt, graph, "fp32") is None
+    for sampler, remark, told in (
+        ("native", "", None),
+        ("plugin", "", None),
+        ("gather", "NVRTC cannot be used", "NVRTC cannot be used"),
+        ("gather", "", "no GridSample for volumes"),
+    ):
+        plans.store_plan(plans.plan_folder(graph), Plan(key, b"plan", sampler=sampler, remark=remark))
+        why = plans.gathers_because(trt, graph, "fp32")
+        assert (why is None) if told is None else (told in str(why))
 
 
 def test_the_record_and_the_table_say_which(
@@ -329,15 +401,19 @@ def test_the_record_and_the_table_say_which(
 
 
 def test_a_plugin_that_the_library_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any) -> None:
-        raise ValueError("no such thing\nand more")
+    reasons = ["no such thing\nand more", "there is one already"]
 
-    monkeypatch.setattr(kernel, "_registered", set())
+    def refuse(*arguments: Any) -> None:
+        raise ValueError(reasons.pop(0))
+
+    monkeypatch.setattr(kernel, "_registered", {})
     monkeypatch.setattr(kernel, "compile_ptx", lambda capability: b"ptx")
-    monkeypatch.setattr(kernel, "_plugin_module", lambda library: types.SimpleNamespace(register=refuse))
+    plugin = types.SimpleNamespace(register=refuse, TensorDesc=None)
+    monkeypatch.setattr(kernel, "_plugin_module", lambda library: plugin)
     module = types.SimpleNamespace(__name__="tensorrt", __version__="10.16.2")
-    with pytest.raises(BackendError, match=r"tensorrt 10.16.2 does not take the plugin jrs::JrsGridSample3D \("):
-        kernel.register_plugin(module, (8, 7))  # type: ignore[arg-type]
+    for _ in range(2):  # the second time as well, and not for what the first has left behind
+        with pytest.raises(BackendError, match=r"10.16.2 does not take the plugin jrs::\w+ \(no such thing\)"):
+            kernel.register_plugin(module, (8, 7))  # type: ignore[arg-type]
 
 
 def test_without_its_body_the_operator_is_left_to_a_plugin(default: Bundle) -> None:

@@ -1,7 +1,7 @@
 """The sampling operator's body in a serialized ONNX model: taken out, or replaced. No onnx package needed.
 
 A backend that cannot run the body a graph comes with has a kernel for the operator, and the body must go, or takes
-another body: of Gather and arithmetic (``jrs.export.gathering``), which every library has.
+another body: of Gather and arithmetic (``jrs.export.gathering``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ GATHERING = DATA / "graphs" / "sampler_gathering.onnx"
 """The operator alone, its body of Gather and arithmetic."""
 _FUNCTIONS = 25
 """``ModelProto.functions`` in onnx.proto."""
+_OPERATOR, _GATHERING = b"JrsGridSample3D", b"JrsGatherSample"
+"""Under a name of its own: some parsers take a plugin that was registered under the operator's before any body. Equally
+long, so that no length in the file changes."""
 
 
 def samples(model: bytes) -> bool:
@@ -31,7 +34,7 @@ def with_gathering(model: bytes) -> bytes:
     if not samples(model):
         return model
     body = [field for number, field in _fields(GATHERING.read_bytes()) if number == _FUNCTIONS]
-    return without_body(model) + b"".join(body)
+    return (without_body(model) + b"".join(body)).replace(_OPERATOR, _GATHERING)
 
 
 def _fields(message: bytes) -> list[tuple[int, bytes]]:

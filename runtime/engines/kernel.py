@@ -20,7 +20,8 @@ PLUGIN = "jrs::JrsGridSample3D"
 THREADS = 256
 """Of a block; a multiple of a warp."""
 
-_registered: set[str] = set()
+_registered: dict[str, str] = {}
+"""By library: empty, or why it did not take the plugin; half of one may be left in its registry."""
 
 
 def compile_ptx(compute_capability: tuple[int, int]) -> bytes:
@@ -62,7 +63,8 @@ def _import_nvrtc() -> Any:
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:
         raise BackendError(
-            f"NVRTC cannot be used ({first_line(error)}); pip install 'jrs[cuda]', or install the CUDA toolkit"
+            f"NVRTC cannot be used ({first_line(error)}); pip install nvidia-cuda-nvrtc, for CUDA 12 "
+            "nvidia-cuda-nvrtc-cu12, or install the CUDA toolkit"
         ) from error
     return nvrtc
 
@@ -73,10 +75,8 @@ def _check(nvrtc: Any, status: Any) -> None:
 
 
 def has_native_sampler(library: ModuleType) -> bool:
-    """Whether the library's GridSample takes volumes: TensorRT-RTX, and TensorRT from 11.2.1 on."""
-    if library.__name__ == "tensorrt_rtx":
-        return True
-    return _version(library) >= (11, 2, 1)
+    """Whether the library's GridSample takes volumes: TensorRT-RTX from 1.6 on, and TensorRT from 11.2.1 on."""
+    return _version(library) >= ((1, 6) if library.__name__ == "tensorrt_rtx" else (11, 2, 1))
 
 
 def _version(library: ModuleType) -> tuple[int, ...]:
@@ -107,15 +107,17 @@ def register_plugin(library: ModuleType, compute_capability: tuple[int, int]) ->
 
     Raises BackendError where the kernel cannot be compiled or the library does not take the plugin.
     """
-    if library.__name__ in _registered:
-        return
-    ptx = compile_ptx(compute_capability)
-    try:
-        _define(library, _plugin_module(library), ptx)
-    except Exception as error:
-        of = f"{library.__name__} {library.__version__}"
-        raise BackendError(f"{of} does not take the plugin {PLUGIN} ({first_line(error)})") from error
-    _registered.add(library.__name__)
+    if library.__name__ not in _registered:
+        ptx = compile_ptx(compute_capability)
+        refused = ""
+        try:
+            _define(library, _plugin_module(library), ptx)
+        except Exception as error:
+            of = f"{library.__name__} {library.__version__}"
+            refused = f"{of} does not take the plugin {PLUGIN} ({first_line(error)})"
+        _registered[library.__name__] = refused
+    if _registered[library.__name__]:
+        raise BackendError(_registered[library.__name__])
 
 
 def _define(library: Any, trtp: Any, ptx: bytes) -> None:

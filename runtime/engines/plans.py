@@ -130,13 +130,16 @@ def plan_key(library: ModuleType, graph: Path, precision: str, options: BuildOpt
         gpu=gpu,
         driver=driver,
         precision=precision,
-        kernel_sha256="" if kernel.has_native_sampler(library) else _sha256_of_samplers(),
+        kernel_sha256=_sha256_of_samplers(library, graph),
         optimization_level=options.optimization_level,
         workspace_mb=options.workspace_mb,
     )
 
 
-def _sha256_of_samplers() -> str:
+def _sha256_of_samplers(library: ModuleType, graph: Path) -> str:
+    """Of what may be put into an engine of this graph; empty for nothing."""
+    if kernel.has_native_sampler(library) or not functions.samples(graph.read_bytes()):
+        return ""
     return hashlib.sha256(kernel.SOURCE.read_bytes() + functions.GATHERING.read_bytes()).hexdigest()
 
 
@@ -192,8 +195,11 @@ def build_plan(
             raise
         except BackendError as error:
             refused = str(error)
-    gathering = functions.with_gathering(model)
-    return replace(_build(library, graph, gathering, key, options, cache), sampler="gather", remark=refused)
+    try:
+        plan = _build(library, graph, functions.with_gathering(model), key, options, cache)
+    except BackendError as error:
+        raise BackendError(f"{error}; nor with the plugin: {refused}" if refused else str(error)) from error
+    return replace(plan, sampler="gather", remark=refused)
 
 
 def _build(
@@ -341,6 +347,19 @@ def load_plan(folder: Path, key: PlanKey) -> bytes | None:
     if not isinstance(record, dict) or record.get("key") != asdict(key):
         return None
     return content if record.get("sha256") == hashlib.sha256(content).hexdigest() else None
+
+
+def gathers_because(library: ModuleType, graph: Path, precision: str) -> str | None:
+    """Why the stored plan of a graph samples by Gather, which is slow; None if it does not, or there is none."""
+    key = plan_key(library, graph, precision, BuildOptions())
+    try:
+        record = json.loads((plan_folder(graph) / key.file).with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if record.get("sampler") != "gather":
+        return None
+    version = f"{library.__name__} {library.__version__}"
+    return record.get("remark") or f"{version} has no GridSample for volumes and takes no plugins ahead of time"
 
 
 def kernels_file(library: ModuleType, graph: Path, precision: str) -> Path:
