@@ -1,6 +1,7 @@
 """The sampler's plugin in TensorRT's own Python package: its checks, and what it makes of the plugin.
 
-The package's libraries need a GPU; small ones stand for them, in a process of its own.
+The package's libraries need a GPU; small ones stand for them, in a process of its own. CI installs the package for
+this test alone: ``tensorrt`` brings its own under the same name.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What ``run_tensorrt_plugin.py`` says, all of its stdout."""
     compiler = shutil.which("g++")
     if compiler is None or importlib.util.find_spec("tensorrt_bindings") is None:
-        pytest.skip("needs g++ and tensorrt-cu12-bindings")
+        pytest.skip("needs g++, and tensorrt or tensorrt-cu12-bindings")
     folder = tmp_path_factory.mktemp("tensorrt")
     libraries = []
     for name in ("libnvinfer", "libnvonnxparser", "libnvinfer_plugin"):
