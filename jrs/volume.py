@@ -27,6 +27,9 @@ _LEAST_RIPPLES = 0.02
 """The share of an image that such ripples make up where there are any."""
 _RIPPLE = 0.05
 """Of the bright end: as far below zero as resampling leads an image that is not."""
+_APART, _FAR_APART, _ABOVE = 0.5, 2.0, 0.2
+"""Of the brain's own range, from its dark end to its bright one: so far above the air it lies apart from it, so far
+where the air is 0, and so far it is put in its place. Images as they are made have 0.03 to 0.31."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +130,9 @@ def raised(data: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """An image (X,Y,Z) with air of 0 and the brain above it, as most are; of others their intensities, moved there.
 
     Those are normalised around zero within the brain, so that half of it lies below its surroundings (z-scores of the
-    foreground, which many programs for training write), or have another number than 0 around the brain. Resampling's
-    ripples, some of them negative, stay as they are.
+    foreground, which many programs for training write), or have another number than 0 around the brain. One that lies
+    far below all of it, as -1000 does, would leave a brain without contrast, and voxels halfway at its edge.
+    Resampling's ripples, some of them negative, stay as they are.
     """
     sample = _thinned(data)
     air, width = _air(sample)
@@ -139,14 +143,22 @@ def raised(data: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if bright.size == 0:
         return data
     high = float(np.percentile(bright, 98.0))
-    lift = 0.0
-    if np.count_nonzero(beside < -_RIPPLE * high) > _LEAST_BELOW * beside.size:
-        low = float(data.min()) - air
-        lift = _RIPPLE * (high - low) - low
-    elif abs(air) <= _NEARLY * high:
+    low, lift = float(np.percentile(beside, 2.0)), 0.0
+    moved_air = abs(air) > _NEARLY * high
+    # One of a single intensity has no range to go by.
+    apart = low > (_APART if moved_air else _FAR_APART) * (high - low) and high - low > _NEARLY * high
+    if apart:
+        lift = _ABOVE * (high - low) - low
+    elif np.count_nonzero(beside < -_RIPPLE * high) > _LEAST_BELOW * beside.size:
+        lowest = float(data.min()) - air
+        lift = _RIPPLE * (high - lowest) - lowest
+    elif not moved_air:
         return data
     around = data == air if width == 0.0 else ~_filled(np.abs(data - np.float32(air)) > np.float32(width))
-    lifted: npt.NDArray[Any] = np.where(around, np.float32(0.0), data + np.float32(lift - air))
+    moved = data + np.float32(lift - air)
+    if apart:  # what lies between the air and the brain is its edge
+        moved = np.maximum(moved, np.float32(_RIPPLE * (high - low)))
+    lifted: npt.NDArray[Any] = np.where(around, np.float32(0.0), moved)
     return lifted
 
 

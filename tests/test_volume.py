@@ -61,6 +61,23 @@ def test_air_of_another_number_becomes_zero(kind: str) -> None:
     assert np.corrcoef(lifted[inside], data[inside])[0, 1] > 0.9999
 
 
+@pytest.mark.parametrize("kind", ["air of -1000", "air of -32768", "z-scores in air of -9", "brain 5000 above 0"])
+def test_a_brain_far_above_the_air_keeps_its_contrast(kind: str) -> None:
+    data, inside = brain()
+    if kind == "brain 5000 above 0":
+        given = np.where(inside, data + 5000.0, 0.0).astype(np.float32)
+    else:
+        scored = zscored(data, inside) if kind.startswith("z") else data
+        given = np.where(inside, scored, float(kind.split()[-1])).astype(np.float32)
+    lifted = raised(given)
+    np.testing.assert_array_equal(lifted == 0, ~inside)
+    np.testing.assert_array_equal(foreground_mask(lifted), inside)
+    assert np.corrcoef(lifted[inside], data[inside])[0, 1] > 0.999
+    # As far above zero as its own range has to do with, and no further.
+    dark, bright = np.percentile(lifted[inside], (2, 98))
+    assert 0.1 < dark / (bright - dark) < 0.4
+
+
 def test_a_splines_ripples_are_air() -> None:
     """Of an image normalised around zero and then resampled: none of its zeros is one any more."""
     data, inside = brain()
@@ -71,7 +88,7 @@ def test_a_splines_ripples_are_air() -> None:
     assert 2 * (found & where).sum() / (found.sum() + where.sum()) > 0.93
 
 
-@pytest.mark.parametrize("kind", ["plain", "ripples", "few below", "all below", "no air", "nothing"])
+@pytest.mark.parametrize("kind", ["plain", "one intensity", "ripples", "few below", "all below", "no air", "nothing"])
 def test_other_images_stay_as_they_are(kind: str) -> None:
     data, inside = brain()
     if kind == "ripples":  # of resampling, everywhere in the air
@@ -83,6 +100,8 @@ def test_other_images_stay_as_they_are(kind: str) -> None:
         data = -data
     elif kind == "no air":  # a raw image's noise, in whole numbers
         data = np.rint(np.where(inside, data, 0.0) + np.random.default_rng(2).rayleigh(6.0, SHAPE)).astype(np.float32)
+    elif kind == "one intensity":
+        data[inside] = 300.0
     elif kind == "nothing":
         data[:] = 0.0
     assert raised(data) is data
