@@ -85,7 +85,8 @@ def infer(
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="Leave out cases whose results are there already.")
+        bool,
+        typer.Option("--skip-existing", help="Leave out cases that have results of the same images and options."),
     ] = False,
 ) -> None:
     """Register a case to an atlas and segment its tumour, or many cases one after another."""

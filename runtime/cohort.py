@@ -16,6 +16,7 @@ from jrs.errors import (
     CannotCreateError,
     ConfigurationError,
     JrsError,
+    MissingInputError,
     OutOfMemoryError,
     OutputError,
     UsageError,
@@ -25,6 +26,7 @@ from jrs.headers import shown
 from jrs.runtime.names import TABLE
 from jrs.runtime.options import InferOptions
 from jrs.runtime.pipeline import Pipeline
+from jrs.runtime.recipe import differences
 from jrs.runtime.results import result_line
 
 _OF_ALL = (BackendError, CannotCreateError, ConfigurationError, OutputError)
@@ -113,13 +115,21 @@ class Cohort:
             return Outcome(case, error=error)
         try:
             report = json.loads(error.file.read_text(encoding="utf-8"))
-            theirs = report["atlas"], report["bundle"]["sha256"]
+            theirs, made_from = (report["atlas"], report["bundle"]["sha256"]), dict(report["made_from"])
+            listed = [error.file.parent / name for name in report["outputs"].values()]
         except (OSError, ValueError, KeyError, TypeError):
             what = f"{shown(error.file)}: is no report of jrs; remove it or pass --overwrite"
             return Outcome(case, error=BadDataError(what))
         if theirs != (self._label, self._pipeline.network.bundle.sha256):
             what = f"{shown(error.file)}: is of atlas {theirs[0]}, or of another bundle; give another --out"
             return Outcome(case, error=UsageError(what))
+        ours = self._pipeline.recipe(case, self._atlas, self._options)
+        if others := differences(ours, made_from):
+            what = f"{shown(error.file)}: was made with another {' and another '.join(others)}"
+            return Outcome(case, error=UsageError(f"{what}; give another --out or pass --overwrite"))
+        if gone := [file for file in listed if not file.exists()]:
+            what = f"{shown(gone[0])}: is gone, which {error.file.name} lists; pass --overwrite"
+            return Outcome(case, error=MissingInputError(what))
         return Outcome(case, error.file, there=True)
 
     def _reports(self) -> set[Path]:

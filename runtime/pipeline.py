@@ -39,12 +39,13 @@ from jrs.runtime.names import atlas_label, output_names
 from jrs.runtime.network import Codes, Network
 from jrs.runtime.options import AFFINES, InferOptions
 from jrs.runtime.preprocess import NetworkInput, network_input
+from jrs.runtime.recipe import recipe
 from jrs.runtime.refine import Refiner
 from jrs.runtime.results import Result
 from jrs.runtime.sampling import Sampled
 from jrs.runtime.transform import Transform
 from jrs.runtime.transform_files import load_affine
-from jrs.runtime.tumors import Tumors, drop_unbelievable, shows_tumors
+from jrs.runtime.tumors import Tumors, drop_specks, drop_unbelievable, shows_tumors
 from jrs.volume import occupied
 
 Array = npt.NDArray[np.float32]
@@ -131,6 +132,26 @@ class Pipeline:
         if options.affine not in AFFINES:
             load_affine(Path(options.affine))
 
+    def recipe(self, case: str | Path | None, atlas: str | Path, options: InferOptions) -> dict[str, Any]:
+        """What ``infer`` would make the results from, as their report has it (``made_from``); reads the images."""
+        fixed = load_case(atlas_path(atlas), default_channels=self.network.bundle.manifest.model.channels)
+        return recipe(self._loaded(case, options), fixed, options, self._scheme(options)[0])
+
+    def _loaded(self, case: str | Path | None, options: InferOptions) -> Case:
+        return load_case(
+            case,
+            modality=options.modality,
+            channels=options.channels,
+            default_channels=self.network.bundle.manifest.model.channels,
+            modalities=options.modalities,
+        )
+
+    def _scheme(self, options: InferOptions) -> tuple[str | None, tuple[int, ...]]:
+        """The name of the label scheme, None without labels, and the number of each class."""
+        spec = self.network.bundle.manifest.model
+        scheme, values = label_scheme(spec.label_values, options.label_scheme)
+        return scheme if options.segment and spec.architecture.segmentation else None, values
+
     def infer(
         self,
         case: str | Path | None = None,
@@ -151,17 +172,11 @@ class Pipeline:
         start = time.perf_counter()
         spec = self.network.bundle.manifest.model
         path, label = atlas_path(atlas), _label(atlas)
-        scheme, values = label_scheme(spec.label_values, options.label_scheme)
-        segments = options.segment and spec.architecture.segmentation
+        scheme, values = self._scheme(options)
+        segments = scheme is not None
         self.network.open_ahead(_graphs(segments))
         with clock.stage("read_case"):
-            moving = load_case(
-                case,
-                modality=options.modality,
-                channels=options.channels,
-                default_channels=spec.channels,
-                modalities=options.modalities,
-            )
+            moving = self._loaded(case, options)
         if options.keep_clear_of is not None:
             names = output_names(moving, label)
             if names.bids is not None:
@@ -199,6 +214,8 @@ class Pipeline:
                 sampler = LabelSampler(probabilities, fixed.grid, affine, values, self.threads)
                 labels_native = _native_labels(sampler, native)
                 labels_moved = sampler.moved(target.geometry, transform)
+                both_grids = (labels_native, native.voxel_volume_ml), (labels_moved, target.geometry.voxel_volume_ml)
+                drop_specks(both_grids, values, inputs.scale)
         with clock.stage("jacobian"):
             jacobian = jacobian_map(dense, self.threads)
         inverse = None
@@ -237,7 +254,7 @@ class Pipeline:
             inverse_field=inverse,
             labels_native=labels_native,
             labels_moved=labels_moved,
-            label_scheme=scheme if labels_native is not None else None,
+            label_scheme=scheme,
             label_values=dict(zip(spec.labels, values, strict=True)) if labels_native is not None else {},
             modalities_used=tuple(c for c, there in zip(spec.channels, inputs.present, strict=True) if there),
             volumes_ml=volumes,
@@ -246,6 +263,7 @@ class Pipeline:
             similarity=likeness,
             refinement=found.refinement,
             affine_quality=quality,
+            made_from=recipe(moving, fixed.case, options, scheme),
             timings_s=clock.seconds,
             warnings=tuple(warnings),
         )

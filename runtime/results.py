@@ -80,6 +80,7 @@ class Result:
     similarity: Mapping[str, Any] | None = None
     refinement: Mapping[str, Any] | None = None
     affine_quality: Mapping[str, Any] | None = None
+    made_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     timings_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -158,6 +159,7 @@ class Result:
             "affine": self.transform.affine.tolist(),
             "affine_determinant": _rounded(float(np.linalg.det(self.transform.affine[:3, :3]))),
             "affine_quality": self.affine_quality,
+            "made_from": self.made_from,
             "timings_s": {stage: round(seconds, 3) for stage, seconds in timings.items()},
             "warnings": list(self.warnings),
             "versions": _versions(),

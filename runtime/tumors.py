@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from jrs.geometry import FloatArray, Geometry
 from jrs.manifest import ModelSpec
-from jrs.runtime.labels import foreground
+from jrs.runtime.labels import Labels, foreground
 from jrs.runtime.preprocess import NetworkInput
 from jrs.runtime.sampling import affine_coords, sample
 from jrs.runtime.transform import to_voxel_coords
@@ -115,6 +115,29 @@ def drop_traces(probabilities: Array, voxel_ml: float, visible: bool = True) -> 
     for index in range(3):
         inside[index] += np.where(winner == index, inside[3], np.float32(0.0))
     inside[3] = 0.0
+
+
+def drop_specks(grids: Sequence[tuple[Labels, float]], values: Sequence[int], scale: float) -> None:
+    """Keep to the same limits on the grids that labels are written on: the patient's own first, then the atlas's.
+
+    Interpolation leaves crumbs beside regions, and a little less of small ones. ``grids`` are labels (X,Y,Z), changed
+    in place, with the volume of a voxel, ml; ``values`` the numbers of the classes; ``scale`` ml of the patient in one
+    of the atlas. What enhances is left on both grids or on neither.
+    """
+    for (labels, voxel_ml), of_patient in zip(grids, (1.0, scale), strict=True):
+        mask = labels != values[0]
+        if not mask.any():
+            continue
+        inside = labels[occupied([mask])]
+        parts = _labelled(inside != values[0])
+        small = np.bincount(parts.ravel()) * voxel_ml * of_patient < _SPECK_ML
+        small[0] = False
+        inside[small[parts]] = values[0]
+    if len(values) == 4:
+        native, voxel_ml = grids[0]
+        if np.count_nonzero(native == values[3]) * voxel_ml < _TRACE_ML:
+            for labels, _ in grids:
+                labels[labels == values[3]] = values[1]
 
 
 @dataclass(frozen=True, eq=False)

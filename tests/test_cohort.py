@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from jrs.cli.main import run
@@ -125,6 +128,37 @@ def test_results_on_another_atlas_are_not_these(
     other.symlink_to(phantom.atlas)
     assert infer(*cases[:2], "--skip-existing", "--atlas", other) == 2
     assert "is of atlas phantomatlas, or of another bundle" in capsys.readouterr().err
+
+
+def test_results_of_other_images_or_options_are_not_these(
+    infer: Run, cases: list[Path], tmp_path: Path, phantom: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another site's patient of the same name, another atlas of the same name, other options, an output gone."""
+    out, other = tmp_path / "out" / "alpha", tmp_path / "other site" / "alpha"
+    assert infer(cases[0]) == 0
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    shutil.copytree(cases[0], other)
+    assert infer(other, "--skip-existing") == 0  # the same images, wherever they lie
+    image = other / "alpha_t1.nii.gz"
+    data = nib.load(image).get_fdata()
+    nib.save(nib.Nifti1Image(data[::-1].astype(np.float32), nib.load(image).affine), image)
+    atlas = tmp_path / "elsewhere" / Path(phantom.atlas).name
+    atlas.parent.mkdir()
+    shutil.copyfile(next(iter(cases[0].glob("*_flair.nii.gz"))), atlas)
+    for wrong, given in (
+        ("image t1", [other]),
+        ("option refine", [cases[0], "--refine", "1"]),
+        ("option label_scheme", [cases[0], "--no-seg"]),
+        ("atlas t1", [cases[0], "--atlas", atlas]),
+    ):
+        capsys.readouterr()
+        assert infer(*given, "--skip-existing") == 2
+        assert f"was made with another {wrong}" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == written
+    gone = next(out.glob("*_xfm.nii.gz"))
+    gone.unlink()
+    assert infer(cases[0], "--skip-existing") == 66
+    assert f"{gone}: is gone" in capsys.readouterr().err
 
 
 def test_a_table_of_another_is_kept(infer: Run, cases: list[Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from jrs.geometry import Geometry
 from jrs.runtime.cases import Case
 from jrs.runtime.refine import Refiner
 from jrs.runtime.sampling import affine_coords
-from jrs.runtime.tumors import Tumors, drop_doubtful, drop_traces
+from jrs.runtime.tumors import Tumors, drop_doubtful, drop_specks, drop_traces
 from jrs.volume import Volume
 
 Array = np.ndarray[Any, Any]
@@ -60,6 +60,35 @@ def test_regions_too_small_to_be_believed_become_background(grid: Geometry) -> N
         kept = np.isin(labels, 1 + np.flatnonzero(sizes >= least))
         np.testing.assert_array_equal(given, np.where(kept, probabilities(mask), probabilities(np.zeros(SHAPE, bool))))
         assert dropped == pytest.approx(sizes[sizes < least].sum())
+
+
+def test_crumbs_on_a_written_grid_are_swept_up() -> None:
+    """Regions below 0.05 ml of the patient's, on either grid; 5000 voxels of 1 mm3, then of 0.5 mm3, are one."""
+    values = (0, 1, 2, 4)
+    grids = []
+    for voxel_ml in (1e-3, 0.5e-3):
+        labels = np.zeros((40, 40, 40), dtype=np.uint8)
+        labels[5:25, 5:25, 5:20], labels[10:20, 10:20, 10:14] = 2, 4
+        labels[30:34, 30:34, 30:33] = 2  # 48 voxels: 0.048 ml, and half of that
+        labels[30:34, 30:34, 2:6] = 1  # 64 voxels: 0.064 ml, and 0.032 times the scale
+        grids.append((labels, voxel_ml))
+    drop_specks(grids, values, 2.0)
+    for labels, _ in grids:
+        assert (labels[30:34, 30:34, 30:33] == 0).all() and (labels[30:34, 30:34, 2:6] == 1).all()
+        assert np.count_nonzero(labels == 2) == 6000 - 400 and np.count_nonzero(labels == 4) == 400
+    grids[1][0][30:34, 30:34, 2:6] = 1
+    drop_specks(grids, values, 1.0)
+    assert not (grids[1][0] == 1).any() and (grids[0][0] == 1).any()
+
+
+def test_a_trace_of_enhancement_goes_on_both_grids_or_on_neither() -> None:
+    values = (0, 1, 2, 3)
+    for voxels, kept in ((199, False), (200, True)):
+        native, moved = (np.full((20, 20, 20), 2, dtype=np.uint8) for _ in range(2))
+        native.reshape(-1)[:voxels], moved.reshape(-1)[:300] = 3, 3
+        drop_specks([(native, 1e-3), (moved, 1e-3)], values, 1.0)
+        assert (native == 3).any() == (moved == 3).any() == kept
+        assert kept or (np.count_nonzero(native == 1), np.count_nonzero(moved == 1)) == (voxels, 300)
 
 
 def test_nothing_found_is_nothing_dropped(grid: Geometry) -> None:

@@ -1,0 +1,47 @@
+"""What a case's results were made from, by which those that are there already are known again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jrs.gzipped import crc32
+from jrs.runtime.cases import Case
+from jrs.runtime.options import AFFINES, InferOptions
+from jrs.volume import Volume
+
+
+def recipe(moving: Case, fixed: Case, options: InferOptions, scheme: str | None) -> dict[str, Any]:
+    """The checksums of the images of both sides and the options, as JSON; ``scheme`` is None without labels."""
+    affine = options.affine
+    return {
+        "images": {name: _checksum(volume) for name, volume in moving.images.items()},
+        "atlas": {name: _checksum(volume) for name, volume in fixed.images.items()},
+        "options": {
+            "affine": affine if affine in AFFINES else f"crc32 {crc32(Path(affine).read_bytes()):08x}",
+            "inverse": options.inverse,
+            "label_scheme": scheme,
+            "refine": options.refine,
+            "same_patient": options.same_patient,
+        },
+    }
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """In what two recipes differ, in words; empty where they are one."""
+    found = []
+    for part, words in (("images", "image"), ("atlas", "atlas"), ("options", "option")):
+        ours, theirs = one.get(part) or {}, other.get(part) or {}
+        names = [name for name in {**ours, **theirs} if ours.get(name, ...) != theirs.get(name, ...)]
+        if names:
+            found.append(f"{words} {', '.join(names)}")
+    return found
+
+
+def _checksum(volume: Volume) -> str:
+    """Of the voxels and of where they lie."""
+    value = crc32(np.ascontiguousarray(volume.data))
+    return f"{crc32(np.ascontiguousarray(volume.geometry.affine), value):08x}"
