@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jrs.errors import ConfigurationError, UsageError
+from jrs.errors import CannotCreateError, ConfigurationError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,6 +41,7 @@ def scan(
         Path | None, typer.Option("--out", help="Manifest (.csv or .json) of the usable cases, for jrs train --data.")
     ] = None,
     workers: _Workers = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing manifest.")] = False,
 ) -> int:
     """List the cases of a folder and what is wrong with each; exit code 1 if some are unusable."""
     from jrs.manifest import MODALITIES
@@ -54,6 +55,8 @@ def scan(
         raise UsageError(f"--require: unknown modality {unknown[0]!r}; choose from {', '.join(MODALITIES)}")
     if out is not None and out.suffix.lower() not in (".csv", ".json"):
         raise UsageError(f"--out {out}: must end in .csv or .json")
+    if out is not None and out.exists() and not overwrite:
+        raise CannotCreateError(f"{out}: exists already; choose another --out or pass --overwrite")
     cases = find_cases(data, layout)
     with _progress("looking", len(cases)) as advance:
         report = scan_cases(

@@ -55,10 +55,12 @@ def warp(
         raise UsageError(f"--interpolation {interpolation}: choose {', '.join(INTERPOLATIONS)}")
     chain = load_chain(transform, inverse, threads)
     if points:
-        warp_points_file(image, chain, out, points_space)  # type: ignore[arg-type]
-    elif reference is not None:
-        for remark in warp_file(image, chain, reference, out, interpolation, outside):  # type: ignore[arg-type]
-            note(f"jrs: note: {image.name}: {remark}")
+        remarks = warp_points_file(image, chain, out, points_space)  # type: ignore[arg-type]
+    else:
+        assert reference is not None
+        remarks = warp_file(image, chain, reference, out, interpolation, outside)  # type: ignore[arg-type]
+    for remark in remarks:
+        note(f"jrs: note: {image.name}: {remark}")
     _tell_residuals(chain)
     print(out)
 

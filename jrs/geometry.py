@@ -106,6 +106,12 @@ class Geometry:
         """Map RAS mm (..., 3) to voxel indices (..., 3)."""
         return apply_affine(self.inverse, points_ras)
 
+    def holds(self, voxels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Which voxel coordinates (3,n) lie on the grid, half a voxel around it included."""
+        ends = np.array(self.shape).reshape(3, 1) - 0.5
+        inside: npt.NDArray[np.bool_] = np.all((voxels >= -0.5) & (voxels <= ends), axis=0)
+        return inside
+
     def is_close_to(self, other: Geometry, tolerance_mm: float = 1e-3) -> bool:
         """Whether both grids have the same shape and no corner is further apart than ``tolerance_mm``."""
         if self.shape != other.shape:

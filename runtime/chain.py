@@ -100,6 +100,19 @@ class Chain:
             return self.affine.points(points)
         return self.through(points.T.astype(np.float32)[:, :, None, None])[:, :, 0, 0].T.astype(np.float64)
 
+    def outside(self, points_ras: npt.ArrayLike) -> int:
+        """How many points (n,3) leave the grid of a field on their way; it is zero there, inverted its affine part."""
+        at = np.asarray(points_ras, dtype=np.float64)
+        left = np.zeros(len(at), dtype=bool)
+        for step in self.steps:
+            after = Chain((step,), self.threads, self._ready).points(at)
+            if isinstance(step, InverseField):
+                left |= ~step.field.geometry.holds(step.field.geometry.to_voxels(after).T)
+            elif isinstance(step, DisplacementField):
+                left |= ~step.geometry.holds(step.geometry.to_voxels(at).T)
+            at = after
+        return int(np.count_nonzero(left))
+
     def dense(self, grid: Geometry) -> DisplacementField:
         """The whole chain as one field on ``grid``: d(x) = chain(x) - x."""
         out = np.empty((3, *grid.shape), dtype=np.float32)

@@ -33,7 +33,10 @@ _EVALUATIONS = 40
 
 @dataclass
 class Residual:
-    """How far T(x) is from y over all points solved so far, mm; ``unsolved`` counts those above 0.1 mm."""
+    """How far T(x) is from y over all points solved so far, mm; ``unsolved`` counts those above 0.1 mm.
+
+    Of those whose x lies on the field's grid: beyond it, T is a continuation that no file holds.
+    """
 
     points: int = 0
     total_mm: float = 0.0
@@ -96,7 +99,8 @@ class InverseField:
         v, left = self._rest.solve(z, border=True)
         # From voxels of u back to mm of T.
         linear = self._affine[:3, :3] @ self.field.geometry.affine[:3, :3]
-        self.residual.add(np.sqrt(((linear @ left) ** 2).sum(axis=0)).astype(np.float32))
+        distances = np.sqrt(((linear @ left) ** 2).sum(axis=0)).astype(np.float32)
+        self.residual.add(distances[self.field.geometry.holds(z + v)])
         grid = self.field.geometry.affine
         x = grid[:3, :3] @ (z.astype(np.float64) + v) + grid[:3, 3:4]
         return x.reshape(points.shape).astype(np.float32)

@@ -72,11 +72,17 @@ def load_transform(path: Path, threads: int | None = None) -> Chain:
     import SimpleITK as sitk
 
     try:
-        transform = sitk.ReadTransform(str(path))
+        with _silenced():
+            transform = sitk.ReadTransform(str(path))
         return Chain(tuple(_steps(path, sitk, transform)), threads)
     except RuntimeError as error:
-        reason = last_line(error)
+        reason = "it is damaged or cut off" if _is_hdf5(path) else last_line(error)
         raise BadDataError(f"{shown(path)}: cannot be read as a transform ({reason}); give {_KINDS}") from error
+
+
+def _is_hdf5(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(4) == b"\x89HDF"
 
 
 def load_affine(path: Path) -> FloatArray:

@@ -156,17 +156,23 @@ def _time_step(image: Path) -> float | None:
 # Points ---------------------------------------------------------------------------------------------------
 
 
-def warp_points_file(points: Path, chain: Chain, out: Path, frame: Frame) -> int:
-    """Map the points of a CSV file (columns x, y, z in mm, others are kept) and write it; returns how many.
+def warp_points_file(points: Path, chain: Chain, out: Path, frame: Frame) -> tuple[str, ...]:
+    """Map the points of a CSV file (columns x, y, z in mm, others are kept) and write it.
+
+    Returns what the user should know.
 
     A point of the fixed image becomes one of the moving image; the inverse chain leads back. ``frame`` is what the
     numbers of both files are: RAS as in nibabel, or LPS as in ITK and ANTs.
     """
+    if out.suffix.lower() != ".csv":
+        raise UsageError(f"{shown(out)}: points are written as CSV; end the name in .csv")
     columns, rows, where = _read_points(points)
+    outside = 0
     if rows:
         given = np.array([[float(row[i]) for i in where] for row in rows])
         ras = given if frame == "ras" else flipped_points(given)
         moved: FloatArray = chain.points(ras)
+        outside = chain.outside(ras)
         moved = moved if frame == "ras" else flipped_points(moved)
         for row, point in zip(rows, moved, strict=True):
             for i, value in zip(where, point, strict=True):
@@ -174,7 +180,9 @@ def warp_points_file(points: Path, chain: Chain, out: Path, frame: Frame) -> int
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     write_text(out, text.getvalue())
-    return len(rows)
+    if not outside:
+        return ()
+    return (f"{outside} of {len(rows)} points lie outside the field, where nothing is known of them",)
 
 
 def _read_points(path: Path) -> tuple[list[str], list[list[str]], list[int]]:

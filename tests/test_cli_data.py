@@ -100,7 +100,11 @@ def test_scan_names_what_is_wrong_and_lists_what_is_usable(place: Place, capsys:
     cut(place.image(1, 0, "t2f"))
     place.image(2, 1, "t2f").unlink()
     manifest = place.root / "usable.csv"
-    assert run(["data", "scan", place.data, "--json", "--out", str(manifest)]) == 1
+    manifest.write_text("notes\n", encoding="utf-8")
+    assert run(["data", "scan", place.data, "--out", str(manifest)]) == 73
+    assert manifest.read_text(encoding="utf-8") == "notes\n"
+    assert f"{manifest}: exists already" in capsys.readouterr().err
+    assert run(["data", "scan", place.data, "--json", "--out", str(manifest), "--overwrite"]) == 1
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert report["usable"] == 5

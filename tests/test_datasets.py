@@ -338,7 +338,7 @@ def test_the_35_labels_of_the_neurite_release(helpers: Any) -> None:
 
 
 def test_what_is_no_data(tmp_path: Path) -> None:
-    with pytest.raises(MissingInputError, match=r"no such manifest"):
+    with pytest.raises(MissingInputError, match=r"no such folder or manifest"):
         find_cases(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingInputError, match=r"^[^\n]+layout that jrs knows[^\n]+$"):
@@ -455,7 +455,7 @@ def test_a_manifest_that_names_what_is_not_there(files: Path) -> None:
     with pytest.raises(MissingInputError, match=r"none\.nii\.gz: no such file \(row 2, case B of "):
         load_manifest(files / "m.csv")
     for path in (files / "no.csv", files):
-        with pytest.raises(MissingInputError, match="no such manifest"):
+        with pytest.raises(MissingInputError, match="no such folder or manifest"):
             load_manifest(path)
 
 

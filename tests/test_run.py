@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from small_training import train_config, trainer
 
 from jrs.cli.main import run
@@ -43,6 +44,19 @@ def test_a_run_that_cannot_be_resumed_or_started(tmp_path: Path) -> None:
         train_run(TrainRequest(out=tmp_path, synthetic=tmp_path))
     with pytest.raises(MissingInputError, match="no such checkpoint"):
         trainer(tmp_path / "none", train_config()).resume()
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    with (
+        FileLock(out / ".lock"),
+        pytest.raises(CannotCreateError, match=r"run: another jrs train is at work in it; choose another --out"),
+    ):
+        train_run(TrainRequest(out=out, synthetic=tmp_path))
+    # Nothing of the first one's is left in the way.
+    with pytest.raises(MissingInputError, match="label map"):
+        train_run(TrainRequest(out=out, synthetic=tmp_path))
 
 
 # The command ------------------------------------------------------------------------------------------------

@@ -206,7 +206,9 @@ def refusal(function: Any, *arguments: Any, error: type[Exception] = BadDataErro
     return message
 
 
-def test_what_is_no_transform_is_refused(tmp_path: Path, chain: Chain) -> None:
+def test_what_is_no_transform_is_refused(
+    tmp_path: Path, chain: Chain, capfd: pytest.CaptureFixture[str]
+) -> None:
     refusal(load_transform, tmp_path / "absent.h5", error=MissingInputError)
     refusal(load_transform, tmp_path, error=MissingInputError)
     for name, content in (
@@ -220,6 +222,8 @@ def test_what_is_no_transform_is_refused(tmp_path: Path, chain: Chain) -> None:
         path = tmp_path / name
         path.write_bytes(content)
         refusal(load_transform, path)
+    assert "damaged or cut off" in refusal(load_transform, tmp_path / "a.h5")
+    assert not capfd.readouterr().err  # HDF5 would print its whole call chain
     save_transform(tmp_path / "xfm.h5", chain)
     assert "affine" in refusal(load_affine, tmp_path / "xfm.h5")
 

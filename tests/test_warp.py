@@ -308,6 +308,31 @@ def test_what_cannot_be_warped_is_refused(
 # Points ---------------------------------------------------------------------------------------------------
 
 
+def test_points_outside_the_field_are_told(
+    scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is zero there, and inverted it goes on by its affine part: no residual speaks of these."""
+    path, out = tmp_path / "points.csv", tmp_path / "moved.csv"
+    path.write_text("x,y,z\n3,3,3\n300,0,0\n0,-200,5\n", encoding="utf-8")
+    for more in ([], ["--inverse"]):
+        given = ["warp", str(path), "-t", str(scene.warp), "-o", str(out), "--points-space", "ras", "--overwrite"]
+        assert run([*given, *more]) == 0
+        err = capsys.readouterr().err
+        assert "2 of 3 points lie outside the field" in err
+        assert ("the inverse is off by" in err) == bool(more)
+    # Nothing is said of an inverse of which no point is known.
+    path.write_text("x,y,z\n300,0,0\n", encoding="utf-8")
+    assert run([*given, "--inverse"]) == 0
+    assert "is off by" not in capsys.readouterr().err
+
+
+def test_points_are_written_as_csv(scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "points.csv", tmp_path / "moved.nii.gz"
+    path.write_text("x,y,z\n3,3,3\n", encoding="utf-8")
+    assert run(["warp", str(path), "-t", str(scene.warp), "-o", str(out), "--points-space", "ras"]) == 2
+    assert "end the name in .csv" in capsys.readouterr().err and not out.exists()
+
+
 @pytest.mark.parametrize("frame", ["ras", "lps"])
 def test_points_are_simpleitks(scene: Scene, tmp_path: Path, frame: str) -> None:
     points = np.random.default_rng(0).uniform(-25, 25, (12, 3))

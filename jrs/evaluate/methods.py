@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jrs.errors import BackendError, UsageError
+from jrs.errors import BackendError, JrsError, UsageError
 from jrs.evaluate.landmarks import LandmarkSpace
 from jrs.evaluate.pairs import Pair
 from jrs.evaluate.peers import PeerResult, register, require
 from jrs.evaluate.scores import PairData, Score, registration_scores, segmentation_scores
-from jrs.evaluate.subjects import Subject, as_classes, read_subject, staged
+from jrs.evaluate.subjects import Subject, as_classes, named_as_given, read_subject, staged
 from jrs.evaluate.transforms import SpatialTransform, warp_labels
 from jrs.fields import DisplacementField
 from jrs.files import remove_tree
@@ -133,7 +133,12 @@ class Evaluator:
         with tempfile.TemporaryDirectory(dir=self.work) as here:
             case, atlas = staged(pair.moving, Path(here)), staged(pair.fixed, self.work / "fixed")
             options: dict[str, Any] = {} if self.refine is None else {"refine": self.refine}
-            result = self.pipeline.infer(case, atlas, inverse=False, affine=self.affine, **options)
+            try:
+                result = self.pipeline.infer(case, atlas, inverse=False, affine=self.affine, **options)
+            except JrsError as error:
+                text = named_as_given(str(error), pair.moving, case)
+                error.args = (named_as_given(text, pair.fixed, atlas),)
+                raise
         predicted = None if result.labels_native is None else as_classes(result.labels_native, self.spec)
         return Inference(result, _pair_data(moving, fixed, result, predicted), predicted)
 

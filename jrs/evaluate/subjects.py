@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import shutil
 from dataclasses import dataclass
@@ -114,6 +115,14 @@ def staged(case: TrainingCase, folder: Path) -> Path:
         except OSError:  # where links are not allowed
             shutil.copyfile(source, link)
     return place
+
+
+def named_as_given(text: str, case: TrainingCase, place: Path) -> str:
+    """A message about files of ``place``, where the case was ``staged``, with the names that the user knows."""
+    for modality, image in case.images.items():
+        for file in place.glob(f"{glob.escape(place.name)}_{modality}.*"):
+            text = text.replace(str(file), str(image.path))
+    return text.replace(str(place), case.name)
 
 
 def _safe(name: str) -> str:

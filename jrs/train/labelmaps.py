@@ -99,7 +99,8 @@ def _prepare(path: Path, placed: Geometry, atlas: Volume) -> tuple[Codes, Codes]
     to_structure, to_tissue = compact_tables()
     if labels.data.min() < 0 or labels.data.max() >= len(to_tissue):
         raise BadDataError(
-            f"{path}: labels reach {labels.data.max()}; FreeSurfer numbers lie in 0..{len(to_tissue) - 1}"
+            f"{path}: holds numbers from {labels.data.min()} to {labels.data.max()}, FreeSurfer's lie in "
+            f"0..{len(to_tissue) - 1}; is it an image? Give a segmentation like aseg"
         )
     tissue = to_tissue[labels.data]
     if not tissue.any():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
@@ -104,14 +104,14 @@ def train_run(request: TrainRequest) -> None:
     fabric = make_fabric(config)
     _launch(fabric)
     peers = Peers(fabric)
-    if request.memory_check:
-        _together(peers, lambda: check_memory(config, fabric.device, peers.count))
-    train, validation = _in_turn(peers, lambda: _sources(request, config, fabric.device))
-    try:
-        _train(request, config, fabric, train, validation)
-    finally:
+    with ExitStack() as stack:
+        _together(peers, lambda: stack.enter_context(_alone_in(request.out)) if peers.first else None)
+        if request.memory_check:
+            _together(peers, lambda: check_memory(config, fabric.device, peers.count))
+        train, validation = _in_turn(peers, lambda: _sources(request, config, fabric.device))
         if isinstance(train, WorkerPairs):
-            train.close()
+            stack.callback(train.close)
+        _train(request, config, fabric, train, validation)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -142,6 +142,25 @@ def _completed(request: TrainRequest) -> TrainRequest:
     if (request.synthetic is None) == (request.data is None):
         raise ConfigurationError(f"{request.out}: give either --synthetic LABEL_DIR or --data CASES")
     return request
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One run in a folder at a time; the system frees the lock of one that was killed."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise CannotCreateError(f"{folder}: another jrs train is at work in it; choose another --out") from error
+    except OSError:  # what cannot be written is said when it is; some file systems have no locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _launch(fabric: Fabric) -> None:

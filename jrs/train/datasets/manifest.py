@@ -27,7 +27,10 @@ COLUMNS = ("case", "subject", "session", *MODALITIES, "seg", "labels", "structur
 def load_manifest(path: Path) -> list[TrainingCase]:
     """Read a manifest and check that every file is there; raises BadDataError naming the row."""
     if not path.is_file():
-        raise MissingInputError(f"{path}: no such manifest; give a CSV or JSON file with columns case, t1, ..., seg")
+        raise MissingInputError(
+            f"{path}: no such folder or manifest; give a folder of cases, or a CSV or JSON file with columns case, t1, "
+            "..., seg"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
         rows: Any = json.loads(text) if path.suffix.lower() == ".json" else list(csv.DictReader(io.StringIO(text)))
