@@ -17,7 +17,7 @@ import pytest
 
 from jrs.bundle import Bundle
 from jrs.errors import BackendError, UsageError
-from jrs.runtime.engines import EngineOptions, cuda, functions, kernel, plans
+from jrs.runtime.engines import EngineOptions, cuda, functions, kernel, plans, tensorrt_log
 from jrs.runtime.engines.plans import BuildOptions, Plan, PlanKey
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -333,7 +333,7 @@ def test_a_plugin_that_does_not_build_is_left_for_gather(default: Bundle, broken
     assert "transformer.onnx" in plan.remark and "\n" not in plan.remark
     # Under the operator's name the parser would have taken the plugin again.
     content = functions.with_gathering(default.graph("transformer").read_bytes())
-    logger = plans.make_logger(trt)
+    logger = tensorrt_log.make_logger(trt)
     network = trt.Builder(logger).create_network(0)
     parser = trt.OnnxParser(network, logger)
     assert not parser.parse(content.replace(b"JrsGatherSample", b"JrsGridSample3D"))
@@ -424,7 +424,7 @@ def test_without_its_body_the_operator_is_left_to_a_plugin(default: Bundle) -> N
     del whole.functions[:]
     assert bare == whole
     # TensorRT-RTX then looks for a plugin; with the body it samples itself.
-    logger = plans.make_logger(trt)
+    logger = tensorrt_log.make_logger(trt)
     network = trt.Builder(logger).create_network(0)
     parser = trt.OnnxParser(network, logger)
     assert not parser.parse(functions.without_body(content))
@@ -448,7 +448,7 @@ def test_what_is_no_model_stays_as_it_is(content: bytes) -> None:
     ],
 )
 def test_which_errors_are_of_memory(reason: str, memory: bool) -> None:
-    assert plans.tells_of_memory(reason) is memory
+    assert tensorrt_log.tells_of_memory(reason) is memory
 
 
 def test_the_node_carries_what_the_plugin_registry_asks_for(default: Bundle) -> None:

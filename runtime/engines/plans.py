@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -28,10 +27,10 @@ from jrs.runtime.caching import ENGINES, cache_folder
 from jrs.runtime.engines import functions, kernel
 from jrs.runtime.engines.base import graph_name
 from jrs.runtime.engines.cuda import Device, driver_version, visible_devices
+from jrs.runtime.engines.tensorrt_log import make_logger, short, tells_of_memory
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 ANY = "any"
-_MEMORY = re.compile(r"out ?of ?memory|enough free memory|memory ?allocation|not be allocated", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -276,32 +275,6 @@ def _describe(network: Any) -> tuple[dict[str, int], dict[str, int]]:
         if layer.type.name in ("CONVOLUTION", "DECONVOLUTION", "GRID_SAMPLE", "MATRIX_MULTIPLY"):
             types[f"{layer.type.name} {layer.get_output(0).dtype.name}"] += 1
     return dict(layers), dict(types)
-
-
-def make_logger(trt: Any) -> Any:
-    """A logger of the library that keeps ``errors`` and prints nothing."""
-
-    class Quiet(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message)
-
-    return Quiet()
-
-
-def short(reasons: list[str], length: int = 200) -> str:
-    """The first of a library's reasons, in one line."""
-    reason = " ".join((reasons or ["it gives no reason"])[0].split())
-    return reason if len(reason) <= length else reason[: length - 3] + "..."
-
-
-def tells_of_memory(reason: str) -> bool:
-    """Whether an error of TensorRT is that the device's memory does not do; an illegal access to it is another."""
-    return _MEMORY.search(reason) is not None
 
 
 # Storing --------------------------------------------------------------------------------------------------

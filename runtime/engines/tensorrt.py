@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jrs.errors import BackendError, JrsError, OutOfMemoryError, first_line
-from jrs.runtime.engines import plans
+from jrs.runtime.engines import plans, tensorrt_log
 from jrs.runtime.engines.base import Array, Closing, EngineInfo, EngineOptions, Value, graph_name, on_host
 from jrs.runtime.engines.cuda import CudaSession, DeviceArray, shared_session
 
@@ -49,7 +49,7 @@ class TensorRtEngine(Closing):
         self.info = EngineInfo(self.backend, self._session.device.name, options.graph_precision)
 
     def _open(self, trt: Any, content: bytes, precision: str) -> None:
-        self._logger = plans.make_logger(trt)
+        self._logger = tensorrt_log.make_logger(trt)
         self._runtime: Any = trt.Runtime(self._logger)
         engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
@@ -185,8 +185,8 @@ class TensorRtEngine(Closing):
             raise self._failure("failed")
 
     def _failure(self, what: str) -> BackendError | OutOfMemoryError:
-        reason = plans.short(self._logger.errors[-1:])
-        if plans.tells_of_memory(reason):
+        reason = tensorrt_log.short(self._logger.errors[-1:])
+        if tensorrt_log.tells_of_memory(reason):
             return OutOfMemoryError(
                 f"{graph_name(self._graph)}: out of device memory; close other programs or use a smaller grid"
             )
