@@ -115,7 +115,7 @@ class Cohort:
             return Outcome(case, error=error)
         try:
             report = json.loads(error.file.read_text(encoding="utf-8"))
-            theirs, made_from = (report["atlas"], report["bundle"]["sha256"]), dict(report["made_from"])
+            theirs, made_from = (report["atlas"], report["bundle"]["sha256"]), dict(report.get("made_from", {}))
             listed = [error.file.parent / name for name in report["outputs"].values()]
         except (OSError, ValueError, KeyError, TypeError):
             what = f"{shown(error.file)}: is no report of jrs; remove it or pass --overwrite"

@@ -11,17 +11,21 @@ import numpy as np
 from jrs.gzipped import crc32
 from jrs.runtime.cases import Case
 from jrs.runtime.options import AFFINES, InferOptions
+from jrs.runtime.transform_files import load_affine
 from jrs.volume import Volume
 
 
 def recipe(moving: Case, fixed: Case, options: InferOptions, scheme: str | None) -> dict[str, Any]:
-    """The checksums of the images of both sides and the options, as JSON; ``scheme`` is None without labels."""
+    """The checksums of the images of both sides and the options, as JSON; ``scheme`` is None without labels.
+
+    Raises MissingInputError or BadDataError for an affine that cannot be read.
+    """
     affine = options.affine
     return {
         "images": {name: _checksum(volume) for name, volume in moving.images.items()},
         "atlas": {name: _checksum(volume) for name, volume in fixed.images.items()},
         "options": {
-            "affine": affine if affine in AFFINES else f"crc32 {crc32(Path(affine).read_bytes()):08x}",
+            "affine": affine if affine in AFFINES else f"crc32 {crc32(np.ascontiguousarray(load_affine(Path(affine)))):08x}",
             "inverse": options.inverse,
             "label_scheme": scheme,
             "refine": options.refine,

@@ -155,6 +155,8 @@ def test_results_of_other_images_or_options_are_not_these(
         assert infer(*given, "--skip-existing") == 2
         assert f"was made with another {wrong}" in capsys.readouterr().err
         assert {path.name: path.read_bytes() for path in out.iterdir()} == written
+    assert infer(cases[0], "--skip-existing", "--affine", tmp_path / "none.mat") == 66
+    assert "none.mat: no such transform" in capsys.readouterr().err
     gone = next(out.glob("*_xfm.nii.gz"))
     gone.unlink()
     assert infer(cases[0], "--skip-existing") == 66
