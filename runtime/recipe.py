@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from jrs.gzipped import crc32
 from jrs.runtime.cases import Case
@@ -21,11 +22,13 @@ def recipe(moving: Case, fixed: Case, options: InferOptions, scheme: str | None)
     Raises MissingInputError or BadDataError for an affine that cannot be read.
     """
     affine = options.affine
+    if affine not in AFFINES:
+        affine = _checksum_of(load_affine(Path(affine)))
     return {
         "images": {name: _checksum(volume) for name, volume in moving.images.items()},
         "atlas": {name: _checksum(volume) for name, volume in fixed.images.items()},
         "options": {
-            "affine": affine if affine in AFFINES else f"crc32 {crc32(np.ascontiguousarray(load_affine(Path(affine)))):08x}",
+            "affine": affine,
             "inverse": options.inverse,
             "label_scheme": scheme,
             "refine": options.refine,
@@ -47,5 +50,11 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 def _checksum(volume: Volume) -> str:
     """Of the voxels and of where they lie."""
-    value = crc32(np.ascontiguousarray(volume.data))
-    return f"{crc32(np.ascontiguousarray(volume.geometry.affine), value):08x}"
+    return _checksum_of(volume.data, volume.geometry.affine)
+
+
+def _checksum_of(*arrays: npt.NDArray[Any]) -> str:
+    value = 0
+    for array in arrays:
+        value = crc32(np.ascontiguousarray(array), value)
+    return f"{value:08x}"
