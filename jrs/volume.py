@@ -143,11 +143,9 @@ def raised(data: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if bright.size == 0:
         return data
     high = float(np.percentile(bright, 98.0))
-    low, lift = float(np.percentile(beside, 2.0)), 0.0
     moved_air = abs(air) > _NEARLY * high
-    # One of a single intensity has no range to go by.
-    apart = low > (_APART if moved_air else _FAR_APART) * (high - low) and high - low > _NEARLY * high
-    if apart:
+    low, lift = _dark_end(beside, high, _APART if moved_air else _FAR_APART), 0.0
+    if low is not None:
         lift = _ABOVE * (high - low) - low
     elif np.count_nonzero(beside < -_RIPPLE * high) > _LEAST_BELOW * beside.size:
         lowest = float(data.min()) - air
@@ -156,10 +154,23 @@ def raised(data: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return data
     around = data == air if width == 0.0 else ~_filled(np.abs(data - np.float32(air)) > np.float32(width))
     moved = data + np.float32(lift - air)
-    if apart:  # what lies between the air and the brain is its edge
+    if low is not None:  # what lies between the air and the brain is its edge
         moved = np.maximum(moved, np.float32(_RIPPLE * (high - low)))
     lifted: npt.NDArray[Any] = np.where(around, np.float32(0.0), moved)
     return lifted
+
+
+def _dark_end(beside: npt.NDArray[Any], high: float, least: float) -> float | None:
+    """The dark end of a brain that lies apart from the air, ``least`` times its range above it; None if it does not.
+
+    ``beside`` are the intensities but the air's, less that, ``high`` their bright end. Where an image was resampled
+    with its air far below, its edge is everything in between: the dark end is then told by the middle of the brain.
+    """
+    lowest, below, middle = (float(value) for value in np.percentile(beside, (2.0, 30.0, 50.0)))
+    low = middle - 4.0 * (middle - below)  # where a normal distribution has its first two percent, and some way on
+    low = max(lowest, low - 0.6 * (high - low))
+    # One of a single intensity has no range to go by.
+    return low if high - low > _NEARLY * high and low > least * (high - low) else None
 
 
 def _air(sample: npt.NDArray[Any]) -> tuple[float | None, float]:

@@ -78,6 +78,23 @@ def test_a_brain_far_above_the_air_keeps_its_contrast(kind: str) -> None:
     assert 0.1 < dark / (bright - dark) < 0.4
 
 
+def test_the_edge_of_a_brain_resampled_with_its_air_far_below_is_no_part_of_its_range() -> None:
+    data, inside = (ndimage.zoom(image, 3, order=0) for image in brain())
+    filled = np.where(inside, data, -5000.0)
+    given, wanted, share = (
+        ndimage.shift(image, (0.5, 0.5, 0.5), order=1, mode="nearest")
+        for image in (filled, data.astype(float), inside.astype(float))
+    )
+    lifted = raised(given.astype(np.float32))
+    whole = share > 0.999
+    assert np.corrcoef(lifted[whole], wanted[whole])[0, 1] > 0.999
+    # Above zero by no more of its range than it was before the air was changed.
+    dark, bright = np.percentile(lifted[whole], (2, 98))
+    before, after = np.percentile(wanted[whole], (2, 98))
+    assert 0.1 < dark / (bright - dark) < before / (after - before)
+    assert lifted[(share > 0.001) & ~whole].max() < bright and (lifted[share == 0] == 0).all()
+
+
 def test_a_splines_ripples_are_air() -> None:
     """Of an image normalised around zero and then resampled: none of its zeros is one any more."""
     data, inside = brain()
