@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jrs.errors import BackendError, CannotCreateError, ConfigurationError, JrsError, MissingInputError, first_line
+from jrs.files import remove_tree
 from jrs.reading import read_volume
 from jrs.resources import atlas_path
 from jrs.train.batch import NamedPairs, PairSource
@@ -146,10 +147,13 @@ def _completed(request: TrainRequest) -> TrainRequest:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """One run in a folder at a time; the system frees the lock of one that was killed."""
+    """One run in a folder at a time; the system frees the lock of one that was killed.
+
+    What did not begin leaves no folder that was not there.
+    """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / ".lock")
+    lock, created = FileLock(folder / ".lock"), not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -161,6 +165,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if created and folder.is_dir() and all(path.name == ".lock" for path in folder.iterdir()):
+            remove_tree(folder)
 
 
 def _launch(fabric: Fabric) -> None:
