@@ -14,7 +14,6 @@ import datetime
 import functools
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from jrs.bundle import Bundle
 from jrs.errors import JrsError, first_line
 from jrs.runtime.engines import EngineOptions, all_backends, functions, kernel, on_gpu, open_engine, why_unavailable
 from jrs.runtime.engines.cuda import driver_version, visible_devices, why_no_device
-from jrs.runtime.selftest import run_selftest
+from jrs.runtime.selftest import median_ms, run_selftest
 
 # GB/s by the vendor's data sheets, for the share of the limit; others are measured by a copy.
 BANDWIDTH = {"H100 80GB": 3350, "H200": 4800, "A100-SXM4-80GB": 2039, "RTX 4090": 1008, "RTX 3090": 936, "Orin": 204}
@@ -74,18 +73,10 @@ def bodies(bundle: Bundle, runs: int, backend: str = "ort-cuda") -> None:
             with open_engine(graph, "transformer", backend, EngineOptions()) as engine:
                 placed = {key: engine.place(value) for key, value in feed.items()}
                 moved = engine(feed)["moved"]
-                taken = _host_ms(functools.partial(engine.keep, placed), runs)
+                engine.keep(placed)
+                taken = median_ms(functools.partial(engine.keep, placed), runs)
             reference = moved if reference is None else reference
             print(f"| {name} | {taken:.2f} | {np.abs(moved - reference).max():.1e} |")
-
-
-def _host_ms(run: Callable[[], object], runs: int) -> float:
-    samples = []
-    for _ in range(runs + 3):
-        start = time.perf_counter()
-        run()
-        samples.append(1000.0 * (time.perf_counter() - start))
-    return statistics.median(samples[3:])
 
 
 def sampler(shape: tuple[int, int, int], channels: int, runs: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -73,10 +73,10 @@ def build_bundle(
         folder = out if out is not None else plans.plan_folder(graph)
         path = folder / key.file
         # What was lacking for the plugin may be there now.
-        fresh = rebuild or plans.load_plan(folder, key) is None or bool(_record(path).get("remark"))
+        fresh = rebuild or plans.load_plan(folder, key) is None or bool(plans.plan_record(path).get("remark"))
         if fresh:
             path = plans.store_plan(folder, plans.build_plan(module, graph, key, options, folder))
-        record = _record(path)
+        record = plans.plan_record(path)
         holds = [f"{count} {kind}" for kind, count in record["types"].items()]
         if record.get("sampler") in _SAMPLERS:
             holds.append(_SAMPLERS[record["sampler"]])
@@ -87,13 +87,6 @@ def build_bundle(
     title = f"{module.__name__} {module.__version__}, {key.capability}"
     table(title, ("graph", "engine", "layers", ""), rows)
     return paths
-
-
-def _record(plan: Path) -> dict[str, Any]:
-    import json
-
-    record: dict[str, Any] = json.loads(plan.with_suffix(".json").read_text(encoding="utf-8"))
-    return record
 
 
 def choose_library(name: str) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jrs.errors import CannotCreateError, ConfigurationError, UsageError
+from jrs.errors import ConfigurationError, UsageError
+from jrs.files import refuse_existing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,8 +56,8 @@ def scan(
         raise UsageError(f"--require: unknown modality {unknown[0]!r}; choose from {', '.join(MODALITIES)}")
     if out is not None and out.suffix.lower() not in (".csv", ".json"):
         raise UsageError(f"--out {out}: must end in .csv or .json")
-    if out is not None and out.exists() and not overwrite:
-        raise CannotCreateError(f"{out}: exists already; choose another --out or pass --overwrite")
+    if out is not None:
+        refuse_existing(out.parent, [out.name], overwrite)
     cases = find_cases(data, layout)
     with _progress("looking", len(cases)) as advance:
         report = scan_cases(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jrs.cli.console import note
-from jrs.errors import CannotCreateError, UsageError
+from jrs.errors import UsageError
+from jrs.files import refuse_existing
 
 if TYPE_CHECKING:
     from jrs.runtime.chain import Chain
@@ -42,7 +43,7 @@ def warp(
     Images go from the moving to the fixed space; points go the other way, so for points of the moving image the inverse
     is what leads to the fixed one.
     """
-    _refuse_existing(out, overwrite)
+    refuse_existing(out.parent, [out.name], overwrite)
     points = image.suffix.lower() == ".csv"
     if points and points_space not in ("ras", "lps"):
         raise UsageError("--points-space: say what the numbers in the CSV file are, ras or lps")
@@ -80,7 +81,7 @@ def convert_xfm(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Compose transforms and write the result for another program."""
-    _refuse_existing(out, overwrite)
+    refuse_existing(out.parent, [out.name], overwrite)
     if to not in ("itk", "fsl"):
         raise UsageError(f"--to {to}: choose itk or fsl")
     if to == "fsl" and (source is None or reference is None):
@@ -96,11 +97,6 @@ def convert_xfm(
         save_transform(out, chain, grid)
     _tell_residuals(chain)
     print(out)
-
-
-def _refuse_existing(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
-        raise CannotCreateError(f"{out}: exists already; choose another --out or pass --overwrite")
 
 
 def _tell_residuals(chain: Chain) -> None:

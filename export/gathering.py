@@ -1,7 +1,7 @@
 """A body of the sampling operator without GridSample, for libraries whose GridSample takes no volumes.
 
-The eight voxels around a point are gathered one by one and mixed by linear interpolation along each axis in turn. It is
-several times slower than a kernel, and still far quicker on a GPU than a way to the CPU and back.
+The eight voxels around a point are gathered one by one and mixed by linear interpolation along each axis in turn. It
+moves more memory than a kernel does, and everything stays on the device.
 """
 
 from __future__ import annotations

@@ -124,13 +124,13 @@ def _compare(
 ) -> GraphResult:
     with open_engine(bundle.graph(name), name, "ort-cpu", engine_options(bundle, name, "fp32")) as engine:
         reference = engine(inputs)
-        reference_ms = _milliseconds(lambda: engine(inputs), min(runs, 2))
+        reference_ms = median_ms(lambda: engine(inputs), min(runs, 2))
     options = engine_options(bundle, name, precision)
     with open_engine(bundle.graph(name), name, backend, options) as engine:
         run, given = (engine.keep, _handed_on(inputs, options)) if backend == "openvino" else (engine, inputs)
         got = hosted(run(given))
         info = engine.info
-        milliseconds = _milliseconds(lambda: run(given), runs)
+        milliseconds = median_ms(lambda: run(given), runs)
     worst, typical = 0.0, 0.0
     for output, want in reference.items():
         error = np.abs(got[output].astype(np.float64) - want) / max(float(want.std()), 1e-6)
@@ -158,10 +158,11 @@ def _time_case(bundle: Bundle, image: Array, backend: str, precision: str, runs:
 
         case()  # engines open, algorithms found, CUDA graphs captured
         case()
-        return _milliseconds(case, runs)
+        return median_ms(case, runs)
 
 
-def _milliseconds(run: Callable[[], object], times: int) -> float:
+def median_ms(run: Callable[[], object], times: int) -> float:
+    """Milliseconds of a run, the median of so many."""
     samples = []
     for _ in range(times):
         start = time.perf_counter()

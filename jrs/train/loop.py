@@ -21,7 +21,6 @@ from lightning_fabric import Fabric
 from jrs.errors import ConfigurationError, JrsError
 from jrs.models.checkpoint import Checkpoint, load_checkpoint
 from jrs.models.network import JointNet
-from jrs.models.spatial import identity_coords
 from jrs.models.widening import can_widen, widen
 from jrs.schema import decode, encode
 from jrs.train.augment import augment
@@ -32,10 +31,10 @@ from jrs.train.devices import Peers, make_fabric, share_of
 from jrs.train.guard import NotANumber
 from jrs.train.loader import Loader
 from jrs.train.log import RunLog
-from jrs.train.objective import moved_along, structure_overlap
+from jrs.train.objective import moved_along
 from jrs.train.pictures import draw_pair
 from jrs.train.state import BEST, LAST, TrainingState, load_last, remove_leavings, save_last
-from jrs.train.step import PairLoss, Work, generator_of, mean_values
+from jrs.train.step import PairLoss, Work, generator_of, mean_values, overlaps
 from jrs.train.stopping import StopSignal
 
 __all__ = ["BEST", "LAST", "Progress", "Timing", "Trainer"]
@@ -348,7 +347,7 @@ class Trainer:
                 self.net(work)
                 values = work.results()[0]
                 # Where the loss is no number there may be no coordinates to look up.
-                mine.append((number, values | (_overlaps(work) if math.isfinite(values["loss"]) else {})))
+                mine.append((number, values | (overlaps(work) if math.isfinite(values["loss"]) else {})))
                 if number == 0 and self._log is not None:
                     self._log.write_picture(self.progress.step, draw_pair(work.batch, work.output))
         self.net.train()
@@ -395,19 +394,6 @@ class Trainer:
             save_last(checkpoint, self.folder)
         else:
             checkpoint.save(self.folder / name)
-
-
-def _overlaps(work: Work) -> dict[str, float]:
-    """Dice of structures by the affine alone and moved; empty where a pair has none in common."""
-    output, batch = work.output, work.batch
-    if output is None or output.coords_vox is None or batch.moving_structures is None:
-        return {}
-    identity = identity_coords(output.coords_vox).expand_as(output.coords_vox)
-    values = {
-        "dice_affine": float(structure_overlap(identity, batch).mean()),
-        "dice_moved": float(structure_overlap(output.coords_vox, batch).mean()),
-    }
-    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _finite_or_none(value: float) -> float | None:

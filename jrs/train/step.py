@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from jrs.models.network import JointNet, JointOutput
+from jrs.models.spatial import identity_coords
 from jrs.train.batch import PairBatch
 from jrs.train.config import LossConfig
-from jrs.train.objective import forward_pair, joint_loss
+from jrs.train.objective import forward_pair, joint_loss, structure_overlap
 
 
 class Work:
@@ -83,3 +84,16 @@ def mean_values(pairs: list[dict[str, float]]) -> dict[str, float]:
         for name, value in values.items():
             columns.setdefault(name, []).append(value)
     return {name: sum(column) / len(column) for name, column in columns.items()}
+
+
+def overlaps(work: Work) -> dict[str, float]:
+    """Dice of structures by the affine alone and moved; empty where a pair has none in common."""
+    output, batch = work.output, work.batch
+    if output is None or output.coords_vox is None or batch.moving_structures is None:
+        return {}
+    identity = identity_coords(output.coords_vox).expand_as(output.coords_vox)
+    values = {
+        "dice_affine": float(structure_overlap(identity, batch).mean()),
+        "dice_moved": float(structure_overlap(output.coords_vox, batch).mean()),
+    }
+    return {name: value for name, value in values.items() if math.isfinite(value)}

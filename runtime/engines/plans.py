@@ -312,23 +312,28 @@ def store_plan(folder: Path, plan: Plan) -> Path:
 def load_plan(folder: Path, key: PlanKey) -> bytes | None:
     """The content of the stored plan of this key, its checksum verified; None if there is none to trust."""
     path = folder / key.file
+    record = plan_record(path)
     try:
-        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         content = path.read_bytes()
-    except (OSError, ValueError):
+    except OSError:
         return None
-    if not isinstance(record, dict) or record.get("key") != asdict(key):
+    if record.get("key") != asdict(key):
         return None
     return content if record.get("sha256") == hashlib.sha256(content).hexdigest() else None
 
 
-def gathers_because(library: ModuleType, graph: Path, precision: str) -> str | None:
-    """Why the stored plan of a graph samples by Gather, which is slow; None if it does not, or there is none."""
-    key = plan_key(library, graph, precision, BuildOptions())
+def plan_record(path: Path) -> dict[str, Any]:
+    """What ``store_plan`` wrote beside a plan; empty if that is not there or no such thing."""
     try:
-        record = json.loads((plan_folder(graph) / key.file).with_suffix(".json").read_text(encoding="utf-8"))
+        record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def gathers_because(library: ModuleType, graph: Path, precision: str) -> str | None:
+    """Why the stored plan of a graph samples by Gather; None if it does not, or there is none."""
+    record = plan_record(plan_folder(graph) / plan_key(library, graph, precision, BuildOptions()).file)
     if record.get("sampler") != "gather":
         return None
     version = f"{library.__name__} {library.__version__}"
@@ -377,8 +382,8 @@ def _ahead_of_time(folder: Path, key: PlanKey) -> Iterator[PlanKey]:
     free = {"capability", "gpu", "driver", "optimization_level", "workspace_mb"}
     for path in sorted(folder.glob(f"{key.graph}-*.json")):
         try:
-            stored = PlanKey(**json.loads(path.read_text(encoding="utf-8"))["key"])
-        except (OSError, ValueError, TypeError, KeyError):
+            stored = PlanKey(**plan_record(path)["key"])
+        except (TypeError, KeyError):
             continue
         same = all(value == asdict(stored)[name] for name, value in asdict(key).items() if name not in free)
         if same and stored.gpu == ANY and key.capability in stored.capability.split("+"):
