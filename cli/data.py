@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jrs.errors import ConfigurationError, UsageError
-from jrs.files import refuse_existing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,6 +44,7 @@ def scan(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing manifest.")] = False,
 ) -> int:
     """List the cases of a folder and what is wrong with each; exit code 1 if some are unusable."""
+    from jrs.files import refuse_existing
     from jrs.manifest import MODALITIES
     from jrs.parallel import available_cpus
     from jrs.train.datasets import find_cases

@@ -9,7 +9,6 @@ import typer
 
 from jrs.cli.console import note
 from jrs.errors import UsageError
-from jrs.files import refuse_existing
 
 if TYPE_CHECKING:
     from jrs.runtime.chain import Chain
@@ -43,6 +42,8 @@ def warp(
     Images go from the moving to the fixed space; points go the other way, so for points of the moving image the inverse
     is what leads to the fixed one.
     """
+    from jrs.files import refuse_existing
+
     refuse_existing(out.parent, [out.name], overwrite)
     points = image.suffix.lower() == ".csv"
     if points and points_space not in ("ras", "lps"):
@@ -81,6 +82,8 @@ def convert_xfm(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Compose transforms and write the result for another program."""
+    from jrs.files import refuse_existing
+
     refuse_existing(out.parent, [out.name], overwrite)
     if to not in ("itk", "fsl"):
         raise UsageError(f"--to {to}: choose itk or fsl")
